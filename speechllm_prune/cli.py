@@ -1,0 +1,256 @@
+"""The command line of the verbs: `VERB LEAF [--key value ...]`, and what a run is once it has been read.
+
+Our own argparse and not SpeechBrain's, which eats a '=' inside a value and accepts prefixes of names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from speechllm_prune.experiment import Experiment, read_json
+from speechllm_prune.hparams import (
+    config_hash,
+    differences,
+    identity,
+    is_training_key,
+    load_resolved,
+    resolve_hparams,
+    stage_identity,
+)
+from speechllm_prune.runtime import UserError
+
+RUN_OPTIONS: dict[str, type] = {
+    "debug_batches": int,
+    "debug_epochs": int,
+    "noprogressbar": bool,
+    "distributed_backend": str,
+    "find_unused_parameters": bool,
+    "ckpt_interval_steps": int,
+    "compile": bool,
+}
+"""SpeechBrain run options that are passed on to Brain, beside `--debug` and the YAML's own keys."""
+
+
+@dataclass
+class Run:
+    """One command: its leaf, what it resolves to, and the experiment it works on.
+
+    Arguments
+    ---------
+    leaf : str
+        The YAML file given.
+    hparams : dict
+        Loaded values.
+    text : str
+        The flat YAML text that they were loaded from.
+    values : dict
+        `identity` of the text.
+    experiment : Experiment
+        Where results go.
+    flags : Namespace
+        overwrite, dry_run, export and the like.
+    run_options : dict
+        For Brain.
+    """
+
+    leaf: str
+    hparams: dict[str, Any]
+    text: str
+    values: dict[str, Any]
+    experiment: Experiment
+    flags: argparse.Namespace
+    run_options: dict[str, Any] = field(default_factory=dict)
+
+    def config_hash(self, *stages: str) -> str:
+        """Hash of the training's identity and the given stages' keys."""
+        return config_hash(self.values, *stages)
+
+    def command(self, verb: str, *options: str) -> str:
+        """A command on this experiment, for messages."""
+        return " ".join(["python", f"{verb}.py", self.leaf, *options])
+
+
+def parse_arguments(
+    verb: str, summary: str, argv: list[str], flags: Mapping[str, str] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Read `LEAF`, flags, and `--key value` pairs for keys of the YAML.
+
+    Arguments
+    ---------
+    verb : str
+        Name of the script.
+    summary : str
+        First lines of `--help`, with an example.
+    argv : list of str
+        The arguments.
+    flags : mapping, optional
+        Further switches of this verb with their help.
+
+    Returns
+    -------
+    Namespace, dict
+        The flags, and the other pairs as plain values.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{verb}.py",
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Every key of the YAML can be given as --key value; hparams/base/speechllm.yaml explains them all.",
+    )
+    parser.add_argument("leaf", metavar="LEAF", help="experiment YAML, such as hparams/demo.yaml")
+    switches = {
+        "overwrite": "make the stage again, deleting what it holds",
+        "check": "validate the YAML and the command line, then stop",
+        "dry_run": "say what would be done, then stop",
+        "print_hparams": "print the resolved YAML, then stop",
+        "debug": "a few steps only, in a folder of its own (<seed>-debug)",
+        **(flags or {}),
+    }
+    for name, text in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument(
+        "--allow_module", action="append", default=[], help="allow YAML objects from this package"
+    )
+    if any(item in ("-h", "--help") for item in argv):
+        parser.print_help()
+        raise SystemExit(0)
+    known, rest = _split(argv, set(switches) | {"allow_module"})
+    try:
+        namespace = parser.parse_args(known)
+    except SystemExit:
+        raise UserError(f"usage: {verb}.py LEAF [--key value ...]; see {verb}.py --help") from None
+    return namespace, rest
+
+
+def _split(argv: list[str], known: set[str]) -> tuple[list[str], dict[str, Any]]:
+    """Separate our own flags from `--key value` / `--key=value` pairs."""
+    ours: list[str] = []
+    pairs: dict[str, Any] = {}
+    index = 0
+    while index < len(argv):
+        item = argv[index]
+        index += 1
+        name, equals, value = item[2:].partition("=")
+        if not item.startswith("--"):
+            ours.append(item)
+        elif name in known:
+            ours.append(item)
+            if name == "allow_module" and not equals and index < len(argv):
+                ours.append(argv[index])
+                index += 1
+        elif equals:
+            pairs[name] = _value(name, value)
+        elif index < len(argv) and not argv[index].startswith("--"):
+            pairs[name] = _value(name, argv[index])
+            index += 1
+        else:
+            pairs[name] = True
+    return ours, pairs
+
+
+def _value(name: str, text: str) -> Any:
+    """A command-line value as YAML reads it, without any tag; what is no YAML is text."""
+    if text.lstrip().startswith("!"):
+        raise UserError(f"command line: '{name}': tags are not allowed in values, given {text!r}")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        return text
+    if isinstance(value, (bool, int, float, list)) or value is None:
+        return value
+    return text
+
+
+def open_run(
+    verb: str, summary: str, argv: list[str], flags: Mapping[str, str] | None = None
+) -> Run | None:
+    """Read a command into a `Run`; None if it only asked for `--check` or `--print_hparams`.
+
+    Training is defined by leaf and command line. Every later verb lays the training stage's archive over the leaf; a
+    command-line value that contradicts the archive is refused.
+    """
+    options, pairs = parse_arguments(verb, summary, argv, flags)
+    run_options = _take_run_options(pairs, Path(options.leaf))
+    if options.debug:
+        run_options["debug"] = True
+    text = resolve_hparams(options.leaf, pairs, options.allow_module)
+    where = _locate(text, options.leaf, options.debug)
+    archive = where.archive()
+    if archive.is_file():
+        leaf_text = resolve_hparams(options.leaf, None, options.allow_module)
+        archived = identity(archive.read_text(encoding="utf-8"))
+        _compare(
+            verb, where, identity(text), archived, pairs, identity(leaf_text), options.overwrite
+        )
+        if verb != "train":
+            text = resolve_hparams(options.leaf, pairs, options.allow_module, archive=archive)
+    if options.print_hparams:
+        print(text, end="")
+        return None
+    hparams = load_resolved(text, options.leaf)
+    if options.check:
+        print(f"{options.leaf}: ok ({len(hparams)} keys)")
+        return None
+    return Run(options.leaf, hparams, text, identity(text), where, options, run_options)
+
+
+def _take_run_options(pairs: dict[str, Any], leaf: Path) -> dict[str, Any]:
+    taken = {}
+    for name, kind in RUN_OPTIONS.items():
+        if name in pairs:
+            value = pairs.pop(name)
+            if not isinstance(value, kind):
+                raise UserError(f"command line: --{name} takes {kind.__name__}, given {value!r}")
+            taken[name] = value
+    return taken
+
+
+def _locate(text: str, leaf: str, debug: bool) -> Experiment:
+    values = YAML().load(text)
+    return Experiment(
+        str(values["results_folder"]), str(values["experiment_name"]), int(values["seed"]), debug
+    )
+
+
+def _compare(
+    verb: str,
+    experiment: Experiment,
+    new: dict[str, Any],
+    archived: dict[str, Any],
+    pairs: dict[str, Any],
+    leaf: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    archive = experiment.archive()
+    if verb == "train":
+        lines = differences(new, archived, stage_identity(new))
+        if lines and not overwrite:
+            raise UserError(
+                f"{archive} was made with other values: {'; '.join(lines)}. Use --overwrite to train again, or another "
+                f"--experiment_name"
+            )
+        return
+    lines = differences(new, archived, [key for key in pairs if is_training_key(key)])
+    if lines:
+        raise UserError(
+            f"{archive} is the authority on this experiment: {'; '.join(lines)}. Leave the option out, or train another "
+            f"--experiment_name with it"
+        )
+    origin = experiment.stage("train") / "leaf.json"
+    if origin.is_file():
+        before = read_json(origin)["values"]
+        changed = differences(leaf, before, (key for key in leaf if is_training_key(key)))
+        if changed:
+            print(
+                f"warning: the leaf has changed since training ({'; '.join(changed)}); the archive is used",
+                file=sys.stderr,
+            )
