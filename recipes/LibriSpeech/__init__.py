@@ -1,0 +1,1 @@
+"""LibriSpeech, and any corpus in its layout."""

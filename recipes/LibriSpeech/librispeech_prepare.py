@@ -1,0 +1,349 @@
+#!/usr/bin/env python3
+"""Prepare manifests from LibriSpeech, or from any corpus in its layout.
+
+    python recipes/LibriSpeech/librispeech_prepare.py DATA_FOLDER MANIFEST_FOLDER [--splits dev-clean,test-clean]
+
+A split is a folder `<split>/<speaker>/<chapter>/` with `<speaker>-<chapter>.trans.txt` (lines
+`ID TEXT`) and `ID.flac` or `ID.wav`; its name is free. Writes `MANIFEST_FOLDER/<split>.csv`,
+`.json` and `.skipped.csv`. Running it again is a no-op while the corpus is as it was: same file
+names and sizes, same transcripts. (Audio replaced by other audio of exactly the same size is not
+noticed; `--overwrite` prepares again.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from speechllm_prune.data.audio import AudioInfo, BadAudio, probe_audio
+from speechllm_prune.data.manifest import Row, current_manifest, write_manifest
+from speechllm_prune.runtime import UserError, raise_if_stopped, verb
+
+SAMPLE_RATE = 16000
+AUDIO_SUFFIXES = (".flac", ".wav")
+OFFICIAL_UTTERANCES = {
+    "train-clean-100": 28539,
+    "train-clean-360": 104014,
+    "train-other-500": 148688,
+    "dev-clean": 2703,
+    "dev-other": 2864,
+    "test-clean": 2620,
+    "test-other": 2939,
+}
+"""Utterances of the published splits: a difference is said, and is right for a subset of LibriSpeech."""
+
+
+def prepare_librispeech(
+    data_folder: str | Path,
+    manifest_folder: str | Path,
+    splits: Sequence[str] | None = None,
+    max_bad_share: float = 0.01,
+    skip_existing: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Write the manifests of a corpus in LibriSpeech layout.
+
+    Arguments
+    ---------
+    data_folder : str or Path
+        The corpus folder, or its parent (holding `LibriSpeech/`).
+    manifest_folder : str or Path
+        Where `<split>.csv` goes.
+    splits : sequence of str, optional
+        Splits to prepare; by default all that are found.
+    max_bad_share : float
+        Largest share of unusable utterances that is accepted in a split.
+    skip_existing : bool
+        Whether to keep a complete manifest of the same, unchanged corpus.
+
+    Returns
+    -------
+    dict
+        The summary (content of the json file) of each split.
+
+    Raises
+    ------
+    UserError
+        If a folder or split is missing or empty, has no transcripts, or too much of it is bad.
+    """
+    root = find_corpus(data_folder)
+    return {
+        split: _prepare_split(root, split, Path(manifest_folder), max_bad_share, skip_existing)
+        for split in _choose_splits(root, splits)
+    }
+
+
+# -------------------------------------------------------------------------------------- find splits
+def find_corpus(data_folder: str | Path) -> Path:
+    """The folder that holds the splits: `data_folder` itself or `data_folder/LibriSpeech`."""
+    folder = Path(os.path.abspath(data_folder))
+    if not folder.is_dir():
+        raise UserError(
+            f"no such folder: {folder}. Name the corpus folder, or its parent (holding LibriSpeech/)"
+        )
+    for root in (folder / "LibriSpeech", folder):
+        if root.is_dir() and any(_has(split, ".trans.txt") for split in _folders(root)):
+            return root
+    expected = "<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt"
+    if _has(folder, ".trans.txt"):
+        raise UserError(
+            f"{folder} looks like a split itself; name the folder that holds it: {folder.parent}"
+        )
+    raise UserError(
+        f"no transcripts in {folder}: expected {expected} there, or in its folder LibriSpeech"
+    )
+
+
+def _choose_splits(root: Path, splits: Sequence[str] | None) -> list[str]:
+    found = sorted(folder.name for folder in _folders(root) if _has(folder, ".trans.txt"))
+    if splits is None:
+        mute = sorted(folder.name for folder in _folders(root) if _has(folder, *AUDIO_SUFFIXES))
+        mute = [name for name in mute if name not in found]
+        if mute:
+            raise UserError(
+                f"no transcripts (*.trans.txt) in {', '.join(mute)} of {root}, though there is audio. "
+                f"To leave it out: --splits {','.join(found)}"
+            )
+        return found
+    splits = list(dict.fromkeys(splits))
+    for split in splits:
+        if split in found:
+            continue
+        if (root / split).is_dir() and Path(split).name == split:
+            state = (
+                "has audio but no transcripts (*.trans.txt)"
+                if _has(root / split, *AUDIO_SUFFIXES)
+                else "is empty"
+            )
+            raise UserError(
+                f"split '{split}' {state}: {root / split}. Splits found: {', '.join(found)}"
+            )
+        raise UserError(f"no split '{split}' in {root}. Splits found: {', '.join(found)}")
+    if not splits:
+        raise UserError(f"no split named. Splits found: {', '.join(found)}")
+    return splits
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+
+
+def _has(split: Path, *suffixes: str) -> bool:
+    """Whether a file `*/*/*<suffix>` exists; stops at the first one (a big split has 100,000 files)."""
+    return any(
+        name.lower().endswith(suffixes)
+        for speaker in _folders(split)
+        for chapter in _folders(speaker)
+        for name in _names(chapter)
+    )
+
+
+# --------------------------------------------------------------------------------------- read splits
+@dataclass
+class _Scan:
+    """What the folders of a split hold, before any audio is opened."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    audio: dict[str, Path] = field(default_factory=dict)  # relative to the corpus folder
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    fingerprint: str = ""
+
+
+def _scan(root: Path, split: str) -> _Scan:
+    scan, digest = _Scan(), hashlib.sha256()
+    origin: dict[str, str] = {}
+    for chapter in (c for speaker in _folders(root / split) for c in _folders(speaker)):
+        for name in _names(chapter):
+            path = chapter / name
+            relative = path.relative_to(root)
+            if name.lower().endswith(".trans.txt"):
+                content = path.read_bytes()
+                digest.update(f"{relative.as_posix()} {len(content)}\n".encode() + content)
+                for number, (utterance, text) in enumerate(
+                    _parse_transcript(path, content), start=1
+                ):
+                    if utterance in origin:
+                        raise UserError(
+                            f"the utterance id '{utterance}' occurs twice: {origin[utterance]} and {path}, "
+                            f"entry {number}"
+                        )
+                    origin[utterance] = f"{path}, entry {number}"
+                    scan.texts[utterance] = text
+            elif path.suffix.lower() in AUDIO_SUFFIXES:
+                digest.update(f"{relative.as_posix()} {path.stat().st_size}\n".encode())
+                if path.stem in scan.audio:
+                    scan.skipped.append((path.stem, "second audio file of an utterance"))
+                else:
+                    scan.audio[path.stem] = relative
+    scan.fingerprint = digest.hexdigest()
+    return scan
+
+
+def _parse_transcript(path: Path, content: bytes) -> Iterable[tuple[str, str]]:
+    """(ID, text) of each line. A byte-order mark and CRLF are accepted, blank lines are not entries."""
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
+        ) from None
+    for line in lines:
+        if line.strip():
+            utterance, *words = line.split()
+            yield utterance, " ".join(words)
+
+
+def _select(scan: _Scan) -> list[str]:
+    """Utterances that have a text and an audio file; the others go to the skipped list."""
+    chosen = []
+    for utterance in sorted(scan.texts.keys() | scan.audio.keys()):
+        if utterance not in scan.texts:
+            scan.skipped.append((utterance, "audio without transcript"))
+        elif utterance not in scan.audio:
+            scan.skipped.append((utterance, "transcript without audio"))
+        elif not scan.texts[utterance]:
+            scan.skipped.append((utterance, "empty transcript"))
+        else:
+            chosen.append(utterance)
+    return chosen
+
+
+def _probe_all(paths: Sequence[Path], title: str) -> list[AudioInfo | BadAudio]:
+    """Header of each file, or why it cannot be used; read in threads, since this waits for the disk."""
+    from tqdm import tqdm
+
+    def probe(path: Path) -> AudioInfo | BadAudio:
+        try:
+            return probe_audio(path)
+        except BadAudio as error:
+            return error
+
+    results = []
+    with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
+        try:
+            for result in tqdm(
+                pool.map(probe, paths), total=len(paths), desc=title, unit="file", disable=None
+            ):
+                results.append(result)
+                raise_if_stopped()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+# -------------------------------------------------------------------------------------- write splits
+def _prepare_split(
+    root: Path, split: str, manifest_folder: Path, max_bad_share: float, skip_existing: bool
+) -> dict[str, Any]:
+    csv_path = manifest_folder / f"{split}.csv"
+    scan = _scan(root, split)
+    if skip_existing:
+        summary = current_manifest(csv_path, root, scan.fingerprint, max_bad_share)
+        if summary is not None:
+            counts = summary["counts"]
+            print(
+                f"{csv_path}: kept, the corpus has not changed ({counts['utterances']} utterances, "
+                f"{sum(counts['skipped'].values())} skipped)"
+            )
+            return summary
+    chosen = _select(scan)
+    rows, rates, several_channels = [], Counter[int](), 0
+    probed = _probe_all([root / scan.audio[utterance] for utterance in chosen], split)
+    for utterance, info in zip(chosen, probed, strict=True):
+        if isinstance(info, BadAudio):
+            scan.skipped.append((utterance, str(info)))
+            continue
+        rates[info.sample_rate] += 1
+        several_channels += info.channels > 1
+        wav = scan.audio[utterance].as_posix()
+        rows.append(Row(utterance, round(info.duration, 6), wav, scan.texts[utterance]))
+    rates.pop(SAMPLE_RATE, None)
+    summary = write_manifest(
+        manifest_folder,
+        split,
+        rows,
+        sorted(scan.skipped),
+        root,
+        max_bad_share,
+        extra={"fingerprint": scan.fingerprint, "several_channels": several_channels},
+        resampled=rates,
+    )
+    _tell(csv_path, summary, print)
+    return summary
+
+
+def _tell(csv_path: Path, summary: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Say what was found, what was left out and what will be changed."""
+    counts, split = summary["counts"], summary["split"]
+    say(f"{csv_path}: {counts['utterances']} utterances, {summary['hours']:.3f} h")
+    for reason, count in counts["skipped"].items():
+        say(f"  skipped: {count} {reason} (listed in {csv_path.with_suffix('.skipped.csv')})")
+    for rate, count in counts["resampled"].items():
+        say(
+            f"  {count} utterances at {rate} Hz: resampled to {SAMPLE_RATE} Hz when they are loaded"
+        )
+    if summary["several_channels"]:
+        say(
+            f"  {summary['several_channels']} utterances with several channels: averaged when they are loaded"
+        )
+    total = counts["utterances"] + sum(counts["skipped"].values())
+    official = OFFICIAL_UTTERANCES.get(split, total)
+    if total != official:
+        say(
+            f"  warning: LibriSpeech {split} has {official} utterances, here are {total}: a part, or another corpus"
+        )
+
+
+@verb
+def main(argv: list[str]) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description="Prepare manifests of LibriSpeech, or of a corpus in its layout.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "data_folder", help="the corpus folder, or its parent (holding LibriSpeech/)"
+    )
+    parser.add_argument(
+        "manifest_folder", help="where <split>.csv goes, such as results/manifests/librispeech"
+    )
+    parser.add_argument(
+        "--splits", help="comma-separated, such as dev-clean,test-clean (default: all found)"
+    )
+    parser.add_argument(
+        "--max_bad_share", type=float, default=0.01, help="accepted share of unusable utterances"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="prepare again, even if nothing changed"
+    )
+    arguments = parser.parse_args(argv)
+    splits = arguments.splits
+    prepare_librispeech(
+        arguments.data_folder,
+        arguments.manifest_folder,
+        None if splits is None else [split.strip() for split in splits.split(",") if split.strip()],
+        arguments.max_bad_share,
+        skip_existing=not arguments.overwrite,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

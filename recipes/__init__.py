@@ -1,0 +1,1 @@
+"""Recipes: per corpus, the preparation that ends at a manifest, and the scripted study."""
