@@ -1,0 +1,1 @@
+"""The SpeechLLM: encoder, projector, decoder and the module that joins them."""

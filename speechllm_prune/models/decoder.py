@@ -1,0 +1,155 @@
+"""The LLM decoder: the only file that knows how Hugging Face model families differ.
+
+Shapes: B sequences, T positions, H decoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speechllm_prune.models.encoder import explain_hub_errors
+from speechllm_prune.runtime import UserError
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids by role.
+
+    Arguments
+    ---------
+    bos : int or None
+        Begins a text, where the model has one (Llama 3 has, Qwen2.5 has not).
+    eos : int
+        The label that ends a target.
+    stop : frozenset of int
+        Ids that end a hypothesis: eos and whatever the checkpoint's generation config adds.
+    pad : int
+        Fills padded rows; masked everywhere and never looked at, so it may equal eos (Qwen2.5 base) or stand in for a
+        missing one (Llama 3).
+    """
+
+    bos: int | None
+    eos: int
+    stop: frozenset[int]
+    pad: int
+
+
+def load_decoder(
+    hub: str,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> tuple[Any, Any]:
+    """Load a pretrained causal LM, frozen and in eval mode, and its tokenizer.
+
+    Arguments
+    ---------
+    hub : str
+        Hub id or local folder.
+    revision : str, optional
+        Hub revision.
+    dtype : torch.dtype
+        Type of the frozen weights.
+    attention : str
+        `sdpa` or `eager`.
+
+    Returns
+    -------
+    PreTrainedModel, PreTrainedTokenizer
+    """
+    from transformers import AutoModelForCausalLM
+
+    with explain_hub_errors(hub, "decoder_hub"):
+        decoder, report = AutoModelForCausalLM.from_pretrained(
+            hub,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    strange = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if strange:
+        # transformers would go on with random weights (missing) or fewer layers than stored (unexpected).
+        raise UserError(
+            f"decoder_hub: {hub!r}: weights and config.json do not fit: {', '.join(map(str, strange[:5]))}"
+        )
+    check_supported(decoder)
+    decoder.requires_grad_(False)
+    return decoder.eval(), load_tokenizer(hub, revision)
+
+
+def load_tokenizer(hub: str, revision: str | None = None) -> Any:
+    """Load the tokenizer of a decoder."""
+    from transformers import AutoTokenizer
+
+    with explain_hub_errors(hub, "decoder_hub"):
+        return AutoTokenizer.from_pretrained(hub, revision=revision)
+
+
+def check_supported(decoder: Any) -> None:
+    """Refuse decoders whose logits pass a step that `lm_logits` does not know.
+
+    Raises
+    ------
+    UserError
+    """
+    text_config = decoder.config.get_text_config()
+    scaling = [
+        name
+        for name in ("logits_scaling", "logit_scale")
+        if getattr(text_config, name, 1.0) not in (None, 1.0)
+    ]
+    if scaling:
+        raise UserError(
+            f"decoder {decoder.config.model_type!r} scales its logits ({scaling[0]}), which is not supported"
+        )
+    if not hasattr(decoder.get_decoder(), "layers"):
+        raise UserError(
+            f"decoder {decoder.config.model_type!r} is not of the Llama/Qwen2 kind (it has no list of layers)"
+        )
+
+
+def resolve_token_ids(decoder: Any, tokenizer: Any) -> TokenIds:
+    """Token ids by role, from the tokenizer first and the model's configs second.
+
+    Raises
+    ------
+    UserError
+        If there is no end-of-sequence token.
+    """
+    generation = decoder.generation_config.eos_token_id
+    config_eos = decoder.config.get_text_config().eos_token_id
+    candidates = [tokenizer.eos_token_id, *_as_list(config_eos), *_as_list(generation)]
+    known = [int(token) for token in candidates if token is not None]
+    if not known:
+        raise UserError("the decoder's tokenizer and config name no end-of-sequence token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else known[0]
+    # The config's eos of a base checkpoint and the tokenizer's may differ in instruct models: any of them ends a text.
+    return TokenIds(bos=tokenizer.bos_token_id, eos=known[0], stop=frozenset(known), pad=int(pad))
+
+
+def _as_list(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def decoder_layers(decoder: Any) -> nn.ModuleList:
+    """The list of decoder layers of a causal LM."""
+    return decoder.get_decoder().layers
+
+
+def lm_logits(decoder: Any, hidden: Tensor) -> Tensor:
+    """Logits of chosen rows: (..., H) after the final norm -> (..., V) in fp32, with the soft cap of Gemma 2."""
+    logits = decoder.get_output_embeddings()(hidden).float()
+    cap = getattr(decoder.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def num_parameters(module: nn.Module, trainable_only: bool = False) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)

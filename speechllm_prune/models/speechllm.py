@@ -1,0 +1,266 @@
+"""The SpeechLLM: frozen encoder, projector and frozen decoder as one module (paper, section 2.1).
+
+Shapes: B utterances, S speech positions, P prompt tokens, N target tokens, X = S + P + N decoder positions, H decoder
+width, V vocabulary.
+
+A row is laid out as [speech][prompt][target] without a hole and padded once, on the outside, with explicit position ids:
+what an utterance is batched with cannot change it. The end-of-sequence token is a label and never an input, so a row has
+S + P + N inputs and N + 1 labels, the first of which is predicted at the last prompt token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from speechllm_prune.models.decoder import TokenIds, lm_logits, resolve_token_ids
+from speechllm_prune.models.encoder import SpeechEncoder
+from speechllm_prune.models.projector import stack_frames, stacked_length
+
+if TYPE_CHECKING:
+    from speechllm_prune.data.batching import Batch
+
+
+class DecoderInputs(NamedTuple):
+    """What the decoder reads.
+
+    Arguments
+    ---------
+    inputs_embeds : Tensor
+        (B, X, H), zeros in the padding.
+    attention_mask : Tensor
+        (B, X), 1 on real positions.
+    position_ids : Tensor
+        (B, X), counted from each row's first real position.
+    label_rows : Tensor
+        (2, M): batch index and position of each of the M positions that predict a label; empty without targets.
+    labels : Tensor
+        (M,): the target tokens of each row followed by eos.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    label_rows: Tensor
+    labels: Tensor
+
+
+class LossSums(NamedTuple):
+    """Sums over all labels of a batch, so that means can be taken over any number of batches and ranks."""
+
+    loss: Tensor
+    num_labels: Tensor
+    num_correct: Tensor
+
+
+class SpeechLLM(nn.Module):
+    """Encoder, projector and decoder in one module, so that one wrapper serves distributed training.
+
+    Arguments
+    ---------
+    encoder : SpeechEncoder
+        Frozen speech encoder.
+    projector : nn.Module
+        (B, S, k * D) -> (B, S, H).
+    decoder : PreTrainedModel
+        Frozen causal LM, perhaps with LoRA adapters.
+    tokenizer : PreTrainedTokenizer
+        The decoder's.
+    frame_stack : int
+        k, encoder frames in one speech position.
+    prompt : str
+        Text between speech and target.
+    text_case : str
+        Case of the targets that the model was trained on.
+    task : str
+        asr | ast.
+    max_tokens_per_second : float
+        Cap on the length of a hypothesis.
+    """
+
+    def __init__(
+        self,
+        encoder: SpeechEncoder,
+        projector: nn.Module,
+        decoder: Any,
+        tokenizer: Any,
+        frame_stack: int,
+        prompt: str,
+        text_case: str = "lower",
+        task: str = "asr",
+        max_tokens_per_second: float = 12.0,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.frame_stack = frame_stack
+        self.prompt = prompt
+        self.text_case = text_case
+        self.task = task
+        self.max_tokens_per_second = max_tokens_per_second
+        self.token_ids: TokenIds = resolve_token_ids(decoder, tokenizer)
+        self.prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.decoder.get_input_embeddings().weight.device
+
+    def train(self, mode: bool = True) -> SpeechLLM:
+        """Frozen parts stay in eval mode; only the projector and adapters that are being trained follow `mode`."""
+        super().train(mode)
+        self.encoder.eval()
+        self.decoder.eval()
+        if mode:
+            from peft.tuners.lora import LoraLayer
+
+            for module in self.decoder.modules():
+                if isinstance(module, LoraLayer) and any(
+                    p.requires_grad for p in module.parameters()
+                ):
+                    module.train()
+        return self
+
+    def num_positions(self, num_samples: int, num_targets: int) -> int:
+        """X: decoder positions of an utterance, known before its audio is read."""
+        speech = stacked_length(self.encoder.output_length(num_samples), self.frame_stack)
+        return speech + len(self.prompt_ids) + num_targets
+
+    def speech_embeddings(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """Encode (unless the batch holds cached features), stack and project: (B, S, H) and the true lengths."""
+        if batch.has_features:
+            features, lengths = batch.audio, batch.audio_lengths
+        else:
+            features, lengths = self.encoder(batch.audio, batch.audio_lengths)
+        stacks, lengths = stack_frames(features, lengths, self.frame_stack)
+        weight = next(self.projector.parameters())
+        return self.projector(stacks.to(weight.dtype)), lengths
+
+    def build_inputs(
+        self,
+        speech: Tensor,
+        speech_lengths: Sequence[int],
+        target_ids: Sequence[Sequence[int]] | None = None,
+        padding_side: str = "right",
+    ) -> DecoderInputs:
+        """Lay out [speech][prompt][target] for each utterance.
+
+        Arguments
+        ---------
+        speech : Tensor
+            (B, S, H) projected speech.
+        speech_lengths : sequence of int
+            True number of speech positions of each utterance.
+        target_ids : sequence of token id sequences, optional
+            Targets without eos. None for generation: the row then ends with the prompt.
+        padding_side : str
+            `right` for training, `left` for generation.
+
+        Returns
+        -------
+        DecoderInputs
+        """
+        device = speech.device
+        targets = (
+            [list(ids) for ids in target_ids]
+            if target_ids is not None
+            else [[] for _ in speech_lengths]
+        )
+        tokens = [torch.tensor(self.prompt_ids + target, dtype=torch.long) for target in targets]
+        text = self.decoder.get_input_embeddings()(
+            pad_sequence(tokens, batch_first=True, padding_value=self.token_ids.pad).to(device)
+        )
+        rows = [
+            torch.cat([speech[i, :length].to(text.dtype), text[i, : len(tokens[i])]])
+            for i, length in enumerate(speech_lengths)
+        ]
+        mask = pad_sequence(
+            [torch.ones(len(row), dtype=torch.long) for row in rows],
+            batch_first=True,
+            padding_side=padding_side,
+        ).to(device)
+        index, position, labels = [], [], []
+        if target_ids is not None:
+            for i, target in enumerate(targets):
+                first = (
+                    speech_lengths[i] + len(self.prompt_ids) - 1
+                )  # the last prompt token predicts the first target
+                index += [i] * (len(target) + 1)
+                position += range(first, first + len(target) + 1)
+                labels += [*target, self.token_ids.eos]
+            assert padding_side == "right", "label positions are counted from the left"
+        return DecoderInputs(
+            inputs_embeds=pad_sequence(rows, batch_first=True, padding_side=padding_side),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            label_rows=torch.tensor([index, position], dtype=torch.long).to(device),
+            labels=torch.tensor(labels, dtype=torch.long).to(device),
+        )
+
+    def inputs_for(
+        self, batch: Batch, targets: bool = True, padding_side: str = "right"
+    ) -> DecoderInputs:
+        """From a batch to what the decoder reads: `speech_embeddings`, then `build_inputs`."""
+        speech, lengths = self.speech_embeddings(batch)
+        return self.build_inputs(
+            speech, lengths, batch.target_ids if targets else None, padding_side
+        )
+
+    def forward(self, batch: Batch) -> LossSums:
+        """Teacher-forced cross-entropy, summed over the labels; only label rows pass through the output layer."""
+        inputs = self.inputs_for(batch)
+        hidden = self.decoder.get_decoder()(
+            inputs_embeds=inputs.inputs_embeds,
+            attention_mask=inputs.attention_mask,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        logits = lm_logits(
+            self.decoder, hidden[inputs.label_rows[0], inputs.label_rows[1]]
+        )  # (M, V)
+        return LossSums(
+            loss=nn.functional.cross_entropy(logits, inputs.labels, reduction="sum"),
+            num_labels=torch.tensor(len(inputs.labels), device=logits.device),
+            num_correct=(logits.argmax(-1) == inputs.labels).sum(),
+        )
+
+    # ------------------------------------------------------------ for users of a finished model
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | None = None) -> SpeechLLM:
+        """Load an export folder (full, pruned or healed). See `speechllm_prune.inference.load_export`."""
+        from speechllm_prune.inference import load_export
+
+        return load_export(folder, device)
+
+    @classmethod
+    def from_hparams(cls, source: str | Path, savedir: str | None = None) -> SpeechLLM:
+        """As SpeechBrain users expect; the same as `from_pretrained`. `savedir` is accepted and not needed."""
+        return cls.from_pretrained(source)
+
+    def transcribe(
+        self, audio: Sequence[Any], batch_size: int = 8, task: str | None = None
+    ) -> list[str]:
+        """Transcribe files or 16 kHz waveforms. See `speechllm_prune.inference.transcribe`."""
+        from speechllm_prune.inference import transcribe
+
+        return transcribe(self, audio, batch_size, task)
+
+    def transcribe_file(self, path: str | Path) -> str:
+        """Transcribe one file."""
+        return self.transcribe([path])[0]
+
+    def transcribe_batch(self, wavs: Tensor, wav_lens: Tensor) -> list[str]:
+        """Transcribe a padded batch: (B, N) at 16 kHz with relative lengths in [0, 1], as in SpeechBrain."""
+        lengths = (wav_lens * wavs.shape[1]).round().long().tolist()
+        return self.transcribe(
+            [wav[:n] for wav, n in zip(wavs, lengths, strict=True)], batch_size=len(wavs)
+        )

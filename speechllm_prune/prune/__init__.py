@@ -1,0 +1,1 @@
+"""Distances between decoder layers, the pruning path, surgery and healing adapters."""

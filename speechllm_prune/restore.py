@@ -1,0 +1,314 @@
+"""The only place that knows the order: build -> load train state -> remove layers -> healing adapters -> load heal state.
+
+Names of train-state tensors use the original layer numbers, names of heal-state tensors those after the cut; any other
+order would load the wrong layer's weights without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speechllm_prune.checkpoint import load_checkpoint_tensors, load_tensors
+from speechllm_prune.experiment import Experiment, Variant, read_json
+from speechllm_prune.hparams import load_hparams
+from speechllm_prune.models.decoder import load_decoder
+from speechllm_prune.models.encoder import load_encoder
+from speechllm_prune.models.speechllm import SpeechLLM
+from speechllm_prune.prune.lora import (
+    TRAIN_ADAPTER,
+    LoraSettings,
+    adapter_names,
+    add_decoder_lora,
+    add_healing_lora,
+    remove_healing_lora,
+)
+from speechllm_prune.prune.surgery import PrunePlan, Removal, num_layers
+from speechllm_prune.runtime import UserError, derive_seed
+
+
+@dataclass
+class HealState:
+    """What healing adds to a cut model.
+
+    Arguments
+    ---------
+    mode : str
+        decoder | projector | joint.
+    lora : LoraSettings
+        Of the receiving layer's adapters (unused in mode `projector`).
+    tensors : dict, optional
+        Trained tensors by name; None for a fresh start.
+    """
+
+    mode: str
+    lora: LoraSettings
+    tensors: dict[str, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def heals_decoder(self) -> bool:
+        """Whether adapters sit on the receiving layer."""
+        return self.mode in ("decoder", "joint")
+
+    @property
+    def heals_projector(self) -> bool:
+        """Whether the projector is trained."""
+        return self.mode in ("projector", "joint")
+
+    def facts(self) -> dict[str, Any]:
+        """For DONE.json, from which `read_heal_state` reads it back."""
+        return {"heal_mode": self.mode, "lora": asdict(self.lora)}
+
+
+def choose_device(name: str | None) -> str:
+    """The device asked for, else a GPU if there is one."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def frozen_dtype(precision: str, device: str) -> torch.dtype:
+    """Type of the frozen weights: bf16 on a GPU unless fp32 is asked for."""
+    use_bf16 = precision == "bf16" or (precision == "auto" and device.startswith("cuda"))
+    return torch.bfloat16 if use_bf16 else torch.float32
+
+
+def build_model(hparams: dict[str, Any], device: str | None = None) -> SpeechLLM:
+    """Build the untrained SpeechLLM of an experiment: pretrained parts loaded, projector and adapters initialised.
+
+    Sizes are read from the models. The initial values depend on the experiment's seed alone, not on the rank.
+
+    Arguments
+    ---------
+    hparams : dict
+        From `load_hparams`.
+    device : str, optional
+        Default: the key `device`, else a GPU if there is one.
+
+    Returns
+    -------
+    SpeechLLM
+        On the device, nothing trainable.
+    """
+    device = choose_device(device or hparams["device"])
+    dtype = frozen_dtype(hparams["precision"], device)
+    encoder = load_encoder(
+        hparams["encoder_hub"], hparams["encoder_revision"], dtype, hparams["encoder_output_norm"]
+    )
+    decoder, tokenizer = load_decoder(
+        hparams["decoder_hub"], hparams["decoder_revision"], dtype, hparams["attention"]
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(hparams["seed"], "init"))
+        projector = hparams["projector_class"](
+            input_size=hparams["frame_stack"] * encoder.output_size,
+            hidden_size=hparams["projector_dim"],
+            output_size=decoder.get_input_embeddings().embedding_dim,
+            activation=hparams["activation"],
+        )
+        if hparams["decoder_lora_rank"]:
+            add_decoder_lora(
+                decoder,
+                LoraSettings(
+                    hparams["decoder_lora_rank"],
+                    hparams["decoder_lora_alpha"],
+                    hparams["decoder_lora_dropout"],
+                ),
+            )
+    model = SpeechLLM(
+        encoder,
+        projector,
+        decoder,
+        tokenizer,
+        frame_stack=hparams["frame_stack"],
+        prompt=hparams["prompt"],
+        text_case=hparams["text_case"],
+        task=hparams["task"],
+        max_tokens_per_second=hparams["max_tokens_per_second"],
+    )
+    return model.requires_grad_(False).to(device)
+
+
+def train_names(model: SpeechLLM) -> list[str]:
+    """Names of the parameters that stage 1 trains: the projector and, if there are any, the decoder's adapters."""
+    projector = [f"projector.{name}" for name, _ in model.projector.named_parameters()]
+    return projector + [f"decoder.{name}" for name in adapter_names(model.decoder, TRAIN_ADAPTER)]
+
+
+def heal_names(model: SpeechLLM, heal: HealState, adapters: list[str]) -> list[str]:
+    """Names of the parameters that healing trains."""
+    projector = (
+        [f"projector.{name}" for name, _ in model.projector.named_parameters()]
+        if heal.heals_projector
+        else []
+    )
+    return projector + [f"decoder.{name}" for name in adapters]
+
+
+def set_trainable(model: SpeechLLM, names: list[str]) -> None:
+    """Make exactly these parameters trainable."""
+    wanted = set(names)
+    parameters = dict(model.named_parameters())
+    assert wanted <= set(parameters), sorted(wanted - set(parameters))
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in wanted)
+
+
+def load_train_state(model: SpeechLLM, experiment: Experiment) -> None:
+    """Load the best checkpoint of stage 1 into an unpruned model."""
+    done = read_json(experiment.stage("train") / "DONE.json")
+    load_tensors(
+        model,
+        load_checkpoint_tensors(experiment.stage("train") / done["checkpoint"]),
+        train_names(model),
+    )
+
+
+def read_plan(experiment: Experiment, variant: Variant) -> PrunePlan:
+    """The plan of a variant's block.
+
+    Raises
+    ------
+    UserError
+        If the block was never planned.
+    """
+    folder = experiment.stage(f"prune/{variant.block}")
+    if not (folder / "plan.json").is_file():
+        raise UserError(
+            f"{folder / 'plan.json'} does not exist; run: python prune.py LEAF --block_size {variant.block_size} "
+            f"--start_layer {variant.start_layer}"
+        )
+    plan = read_json(folder / "plan.json")
+    return PrunePlan(
+        plan["num_layers"], plan["start_layer"], plan["block_size"], control=variant.control
+    )
+
+
+def read_heal_state(experiment: Experiment, variant: Variant) -> HealState | None:
+    """What healing trained for a variant; None for `none`.
+
+    Raises
+    ------
+    UserError
+        If the healing is not finished.
+    """
+    if variant.heal_mode == "none":
+        return None
+    command = (
+        f"python heal.py LEAF --block_size {variant.block_size} --start_layer {variant.start_layer} "
+        f"--heal_mode {variant.heal_mode}"
+        + (" --control" if variant.control else "")
+        + (f" --tag {variant.tag}" if variant.tag else "")
+    )
+    folder = experiment.require(f"heal/{variant.name}", command)
+    done = read_json(folder / "DONE.json")
+    return HealState(
+        done["heal_mode"],
+        LoraSettings(**done["lora"]),
+        load_checkpoint_tensors(folder / done["checkpoint"]),
+    )
+
+
+@contextmanager
+def cut(
+    model: SpeechLLM, plan: PrunePlan, heal_state: HealState | None = None
+) -> Iterator[list[str]]:
+    """Remove a block, add healing state, and undo all of it at the end.
+
+    Arguments
+    ---------
+    model : SpeechLLM
+        The full model in its stage-1 state.
+    plan : PrunePlan
+        What to remove (nothing, for a control).
+    heal_state : HealState, optional
+        Adapters and tensors to add.
+
+    Yields
+    ------
+    list of str
+        Names of the parameters that the healing owns (empty without healing).
+    """
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    projector = {name: tensor.clone() for name, tensor in model.projector.state_dict().items()}
+    removal = None
+    try:
+        removal, names = _apply(model, plan, heal_state)
+        yield names
+    finally:
+        remove_healing_lora(model.decoder)
+        if removal is not None:
+            removal.undo()
+        model.projector.load_state_dict(projector)
+        set_trainable(model, trainable)
+        model.zero_grad(set_to_none=True)
+        model.eval()
+
+
+def _apply(
+    model: SpeechLLM, plan: PrunePlan, heal_state: HealState | None
+) -> tuple[Removal | None, list[str]]:
+    """Remove layers, add adapters, load tensors; returns the removal (None for a control) and the names healing owns."""
+    depth = num_layers(model.decoder)
+    if plan.num_layers != depth:
+        raise UserError(
+            f"the plan is for a decoder of {plan.num_layers} layers, this one has {depth}"
+        )
+    heals_decoder = heal_state is not None and heal_state.heals_decoder
+    if heals_decoder and plan.receiving_layer is None:
+        raise UserError(
+            f"block {plan.name} reaches the last layer: there is no receiving layer to heal"
+        )
+    removal = None if plan.control else Removal(model.decoder, plan.start_layer, plan.block_size)
+    if removal is not None:
+        removal.apply()
+    if heal_state is None:
+        return removal, []
+    adapters: list[str] = []
+    if heals_decoder:
+        layer = plan.receiving_layer if plan.control else plan.start_layer
+        assert layer is not None
+        adapters = add_healing_lora(model.decoder, layer, heal_state.lora)
+        model.decoder.to(model.device)
+    names = heal_names(model, heal_state, adapters)
+    if heal_state.tensors is not None:
+        load_tensors(model, heal_state.tensors, names)
+    set_trainable(model, [])
+    model.eval()
+    return removal, names
+
+
+def restore(
+    experiment: Experiment,
+    variant: str = "full",
+    hparams: dict[str, Any] | None = None,
+    device: str | None = None,
+) -> SpeechLLM:
+    """A variant of an experiment, ready for use: eval mode, nothing trainable.
+
+    Arguments
+    ---------
+    experiment : Experiment
+        With a finished `train` stage.
+    variant : str
+        `full`, `l18n08-none`, `l18n08-joint`, ...
+    hparams : dict, optional
+        Default: the training stage's archive.
+    device : str, optional
+        Default: a GPU if there is one.
+
+    Returns
+    -------
+    SpeechLLM
+    """
+    parsed = Variant.parse(variant)
+    experiment.require("train", "python train.py LEAF --data_folder FOLDER")
+    hparams = hparams or load_hparams(experiment.archive())
+    model = build_model(hparams, device)
+    load_train_state(model, experiment)
+    if parsed.start_layer is not None:
+        _apply(model, read_plan(experiment, parsed), read_heal_state(experiment, parsed))
+    return model
