@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Remove a block of layers and heal the cut: LoRA on the receiving layer's MLP, the projector, or both.
+
+    python heal.py hparams/demo.yaml --block_size 6 --heal_mode joint [--path own|text|tail|FILE.json | --start_layer l]
+    python heal.py hparams/demo.yaml --block_size 6 --heal_mode joint --control      # nothing removed, same healing
+
+Results: results/<experiment_name>/<seed>/heal/l04n06-joint/ (and export/ with --export).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from speechllm_prune.cli import open_run
+from speechllm_prune.experiment import Variant
+from speechllm_prune.runtime import verb
+
+
+@verb
+def main(argv: list[str]) -> int | None:
+    """Entry point: see the module's docstring."""
+    run = open_run(
+        "heal", __doc__ or "", argv, {"export": "write the healed model as a Hugging Face folder"}
+    )
+    if run is None:
+        return None
+    hparams = run.hparams
+    if run.flags.dry_run:
+        print(
+            f"would heal block size {hparams['block_size']} by {hparams['heal_mode']}: {hparams['heal_steps']} steps"
+        )
+        return None
+    from speechllm_prune.stages import export_variant, plan_block
+    from speechllm_prune.training import heal
+    from speechllm_prune.workbench import Workbench
+
+    bench = Workbench(run)
+    run.experiment.require("train", run.command("train", "--data_folder FOLDER"))
+    plan = plan_block(
+        bench, hparams["block_size"], hparams["path"], hparams["start_layer"], hparams["control"]
+    )
+    name = heal(bench, plan, hparams["heal_mode"], hparams["tag"])
+    folder = run.experiment.stage(f"heal/{name}")
+    print(f"{folder} is done; next: {run.command('evaluate', f'--variant {name}')}")
+    if run.flags.export and bench.rank == 0:
+        print(f"exported to {export_variant(bench, Variant.parse(name), folder / 'export')}")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scoring of hypotheses, statistics of scores, time and memory."""

@@ -1,0 +1,381 @@
+"""From points to judged results: intervals, relative degradation, verdicts, the chosen block, compared measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from speechllm_prune.evaluation.statistics import (
+    Interval,
+    PathAgreement,
+    bootstrap_interval,
+    corpus_score,
+    largest_blocks,
+    mean_absolute_difference,
+    paired_bootstrap,
+    path_agreement,
+    relative_degradation,
+    spearman_without_row_means,
+    verdict,
+)
+from speechllm_prune.reporting.collect import (
+    SHUFFLED,
+    ExperimentData,
+    Measurement,
+    Point,
+    failure_reason,
+)
+from speechllm_prune.runtime import UserError
+
+TOLERANCE = {"asr": 0.25, "ast": 0.10}
+"""Largest accepted relative degradation per task (paper, section 4.1)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A point with what is derived from it. None: cannot be said, for the reason in `remark`."""
+
+    point: Point
+    interval: Interval | None = None
+    degradation: float | None = None
+    degradation_interval: Interval | None = None
+    verdict: str = "undecided"
+    difference: float | None = None
+    """Score minus that of the unpruned model, in points."""
+    difference_interval: Interval | None = None
+    healing: float | None = None
+    """Score minus that of the same cut without healing, in points."""
+    healing_interval: Interval | None = None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The block sizes that the acceptance rule picks for one experiment and heal mode."""
+
+    heal_mode: str
+    tag: str
+    tolerance: float
+    eval_sets: list[str]
+    tested: dict[int, dict[str, Result]]
+    """{block size: {evaluation set: result}} along the path."""
+    largest: int | None
+    safe: int | None
+
+
+def analyse(experiment: ExperimentData, tolerance: float | None = None) -> list[Result]:
+    """Judge every point of an experiment against its unpruned model, utterance by utterance.
+
+    Arguments
+    ---------
+    experiment : ExperimentData
+        As read by `collect`.
+    tolerance : float, optional
+        Largest accepted relative degradation; by default the one of the point's task.
+    """
+    rows: dict[tuple[str, str], tuple[list[str], np.ndarray] | str] = {}
+    for point in experiment.points:
+        try:
+            rows[point.variant, point.eval_set] = read_rows(point)
+        except ValueError as error:
+            rows[point.variant, point.eval_set] = str(error)
+    order = sorted(
+        experiment.points,
+        key=lambda p: (
+            p.eval_set,
+            not p.is_full,
+            SHUFFLED in p.tag,
+            p.control,
+            p.block_size,
+            p.start_layer or 0,
+            p.heal_mode,
+            p.tag,
+        ),
+    )
+    return [
+        _judge(point, experiment, rows, TOLERANCE[point.task] if tolerance is None else tolerance)
+        for point in order
+    ]
+
+
+def _judge(
+    point: Point, experiment: ExperimentData, rows: Mapping[tuple[str, str], Any], tolerance: float
+) -> Result:
+    own = rows[point.variant, point.eval_set]
+    if isinstance(own, str):
+        remark, interval = f"no interval: {own}", None
+    else:
+        remark, interval = "", bootstrap_interval(own[1], point.metric)
+    facts: dict[str, Any] = {"interval": interval}
+    full = experiment.baseline(point.eval_set)
+    if full is None:
+        remark = remark or "the unpruned model was not evaluated on this set"
+    elif point is not full:
+        facts["degradation"] = relative_degradation(full.value, point.value, point.metric)
+        facts["difference"] = point.value - full.value
+        if facts["degradation"] is None:
+            remark = remark or "the unpruned model scores 0: see the absolute change"
+        paired, reason = _paired(full, point, rows)
+        remark = remark or reason
+        if paired is not None:
+            facts["difference_interval"] = paired.difference
+            facts["degradation_interval"] = paired.degradation
+            facts["verdict"] = verdict(paired.degradation, tolerance)
+    unhealed = _unhealed(point, experiment)
+    if unhealed is not None:
+        paired, _ = _paired(unhealed, point, rows)
+        facts["healing"] = point.value - unhealed.value
+        facts["healing_interval"] = paired.difference if paired else None
+    return Result(point, remark=remark, **facts)
+
+
+def _unhealed(point: Point, experiment: ExperimentData) -> Point | None:
+    if not point.is_pruned or point.heal_mode == "none":
+        return None
+    name = f"l{point.start_layer:02d}n{point.block_size:02d}-none"
+    return next(
+        (p for p in experiment.points if (p.variant, p.eval_set) == (name, point.eval_set)), None
+    )
+
+
+def _paired(baseline: Point, system: Point, rows: Mapping[tuple[str, str], Any]) -> tuple[Any, str]:
+    first, second = (rows[p.variant, p.eval_set] for p in (baseline, system))
+    for found in (first, second):
+        if isinstance(found, str):
+            return None, f"no interval: {found}"
+    try:
+        return paired_bootstrap(first[0], first[1], second[0], second[1], system.metric), ""
+    except ValueError as error:
+        return None, f"no paired interval: {error}"
+
+
+def choose_blocks(
+    experiment: ExperimentData,
+    results: Sequence[Result],
+    tolerance: float,
+    heal_mode: str = "joint",
+    tag: str = "",
+    source: str = "own",
+) -> Choice:
+    """Apply the paper's rule: the largest tested block within tolerance on all evaluation sets at once.
+
+    Arguments
+    ---------
+    experiment, results
+        As read by `collect` and judged by `analyse`.
+    tolerance : float
+        Largest accepted relative degradation.
+    heal_mode, tag : str
+        Which points to choose among.
+    source : str
+        Whose path chose the blocks: `own`, `text`, `tail`.
+    """
+    tested: dict[int, dict[str, Result]] = {}
+    for result in results:
+        point = result.point
+        if (
+            point.is_pruned
+            and point.start_layer is not None
+            and (point.heal_mode, point.tag) == (heal_mode, tag)
+            and source in experiment.sources(point.start_layer, point.block_size)
+        ):
+            tested.setdefault(point.block_size, {})[point.eval_set] = result
+    degradations = {
+        n: {name: result.degradation for name, result in found.items()}
+        for n, found in tested.items()
+    }
+    largest, safe = largest_blocks(degradations, tolerance, experiment.eval_sets)
+    ordered = dict(sorted(tested.items()))
+    return Choice(heal_mode, tag, tolerance, experiment.eval_sets, ordered, largest, safe)
+
+
+# ------------------------------------------------------------------------------ comparing measurements
+@dataclass(frozen=True)
+class MeasurementComparison:
+    """Two distance matrices and their paths side by side; only `refused` is set where they must not be compared."""
+
+    first: str
+    second: str
+    random_decoder: bool = False
+    """Whether one of the two is a decoder without pretraining: what agreement is worth."""
+    spearman: float | None = None
+    spearman_removable: float | None = None
+    """The same without the blocks that end at the last layer, whose large distances any decoder shows."""
+    mean_difference: float | None = None
+    agreement: PathAgreement | None = field(default=None)
+    refused: str = ""
+
+
+def compare_measurements(
+    first: Measurement,
+    second: Measurement,
+    first_label: str,
+    second_label: str,
+    random_decoder: bool = False,
+) -> MeasurementComparison:
+    """Compare two measurements, unless they were taken by unequal rules."""
+    names = (first_label, second_label, random_decoder)
+    for what, one, two in (
+        ("number of layers", first.num_layers, second.num_layers),
+        ("last_token", first.last_token, second.last_token),
+    ):
+        if one != two:
+            return MeasurementComparison(
+                *names, refused=f"{what} is {one} and {two}: not comparable"
+            )
+    try:
+        agreement = path_agreement(first.path, second.path, first.num_layers)
+    except ValueError:  # a decoder too shallow to have a choice
+        agreement = None
+    return MeasurementComparison(
+        *names,
+        spearman=spearman_without_row_means(first.matrix, second.matrix),
+        spearman_removable=spearman_without_row_means(
+            without_last_layer(first.matrix), without_last_layer(second.matrix)
+        ),
+        mean_difference=mean_absolute_difference(first.matrix, second.matrix),
+        agreement=agreement,
+    )
+
+
+def without_last_layer(matrix: np.ndarray) -> np.ndarray:
+    """A copy whose blocks that end at the last layer (l + n = L) are NaN."""
+    matrix = np.array(matrix, dtype=float)
+    num_layers = len(matrix)
+    for n in range(1, num_layers + 1):
+        matrix[n - 1, num_layers - n] = np.nan
+    return matrix
+
+
+def compare_all_measurements(experiments: Sequence[ExperimentData]) -> list[MeasurementComparison]:
+    """Every measurement against the first one, and text against speech within each experiment.
+
+    Arguments
+    ---------
+    experiments : sequence of ExperimentData
+        The first one is the reference; random-weight decoders among the others show what chance gives.
+    """
+    several = len(experiments) > 1
+    items = [
+        (measurement, experiment, f"{experiment.label} {name}" if several else name)
+        for experiment in experiments
+        for name, measurement in sorted(experiment.measurements.items())
+    ]
+    comparisons = []
+    for position, (first, owner, label) in enumerate(items):
+        for second, other, other_label in items[position + 1 :]:
+            if owner is other or position == 0 or owner is experiments[0]:
+                is_random = owner.is_random_decoder or other.is_random_decoder
+                comparisons.append(
+                    compare_measurements(first, second, label, other_label, is_random)
+                )
+    return comparisons
+
+
+# -------------------------------------------------------------------------------------- utterance rows
+def read_rows(point: Point) -> tuple[list[str], np.ndarray]:
+    """Ids and counts of every utterance of a point, for the bootstrap.
+
+    Raises
+    ------
+    ValueError
+        If hyps.jsonl is missing, broken, or does not give the score of metrics.json.
+    """
+    path = point.folder / "hyps.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        ids = [str(line["id"]) for line in lines]
+        rows = _wer_rows(lines) if point.metric == "wer" else _bleu_rows(lines, point.record)
+    except FileNotFoundError:
+        raise ValueError("there is no hyps.jsonl") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"hyps.jsonl is broken ({failure_reason(error)})") from None
+    if len(rows) != point.num_utterances:
+        raise ValueError(f"hyps.jsonl has {len(rows)} rows, metrics.json {point.num_utterances}")
+    again = float(corpus_score(rows.sum(axis=0), point.metric)) if len(rows) else float("nan")
+    if not abs(again - point.value) < 0.01:
+        raise ValueError(f"hyps.jsonl gives {again:.3f}, metrics.json {point.value:.3f}")
+    return ids, rows
+
+
+def _wer_rows(lines: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array(
+        [
+            (r["substitutions"] + r["deletions"] + r["insertions"], r["reference_words"])
+            for r in lines
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 2)
+
+
+def _bleu_rows(lines: Sequence[dict[str, Any]], record: dict[str, Any]) -> np.ndarray:
+    from sacrebleu.metrics import BLEU
+
+    signature = str(record.get("signature") or "")
+    if not all(part in signature for part in ("case:mixed", "tok:13a", "smooth:exp")):
+        raise ValueError(f"no interval for a BLEU of signature {signature or 'unknown'!r}")
+    bleu = BLEU(effective_order=True)  # silences its advice; the counts are the same
+    scores = [bleu.sentence_score(row["hyp"], [row["ref"]]) for row in lines]
+    return np.array(
+        [[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=np.int64
+    ).reshape(-1, 10)
+
+
+# ------------------------------------------------------------------------------------ what may be mixed
+def check_comparable(experiments: Sequence[ExperimentData]) -> None:
+    """Refuse numbers that must not stand in one table: other data, metric or normaliser under the same name.
+
+    Raises
+    ------
+    UserError
+        Naming the two files that contradict each other.
+    """
+    reference: dict[tuple[str, str], Point] = {}
+    for experiment in experiments:
+        layers: Point | None = None
+        for point in experiment.points:
+            if SHUFFLED in point.tag:
+                continue
+            layers = layers or point
+            if point.task != layers.task:
+                raise UserError(
+                    f"{layers.folder} is of task {layers.task}, {point.folder} of task {point.task}: one experiment "
+                    "has one task; give the other task an experiment_name of its own"
+                )
+            if point.num_layers != layers.num_layers:
+                raise UserError(
+                    f"{layers.folder} is of a decoder with {layers.num_layers} layers, {point.folder} of one with "
+                    f"{point.num_layers}: one experiment has one decoder; remove what is left of the other"
+                )
+            first = reference.setdefault((point.task, point.eval_set), point)
+            for name, before, now in _identity(first, point):
+                if before != now:
+                    raise UserError(
+                        f"{first.folder} and {point.folder} cannot stand in one table: {name} is {before!r} in the "
+                        f"first and {now!r} in the second; report them separately, or run evaluate.py --overwrite"
+                    )
+
+
+def _identity(first: Point, second: Point) -> list[tuple[str, Any, Any]]:
+    pairs = [
+        ("metric", first.metric, second.metric),
+        ("num_utterances", first.num_utterances, second.num_utterances),
+    ]
+    for key in ("reference_words", "text_normaliser", "signature"):
+        before, now = first.record.get(key), second.record.get(key)
+        if before is not None and now is not None:
+            pairs.append((key, before, now))
+    before, now = _manifest_hash(first), _manifest_hash(second)
+    if before and now:
+        pairs.append((f"the manifest of {first.eval_set}", before[:12], now[:12]))
+    return pairs
+
+
+def _manifest_hash(point: Point) -> str | None:
+    suffix = f"{point.corpus}/{point.split}.csv"
+    inputs = point.record.get("inputs") or {}
+    return next((digest for name, digest in inputs.items() if name.endswith(suffix)), None)

@@ -1,0 +1,181 @@
+"""Make a report: read experiment folders, judge their points, write tables, figures and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speechllm_prune.experiment import write_text
+from speechllm_prune.reporting.analysis import (
+    TOLERANCE,
+    Result,
+    analyse,
+    check_comparable,
+    compare_all_measurements,
+)
+from speechllm_prune.reporting.collect import ExperimentData, collect, find_experiments
+from speechllm_prune.reporting.compare import matrices_table, points_of_equal_depth
+from speechllm_prune.reporting.page import PageContent, PageFigure, render_page
+from speechllm_prune.reporting.tables import Table, points_table, table1, to_csv, to_markdown
+from speechllm_prune.runtime import UserError
+
+
+@dataclass
+class Report:
+    """A written report: its folder, its page, Table 1 as text, and what is incomplete."""
+
+    folder: Path
+    page: Path
+    table1: str
+    incomplete: list[str]
+
+
+def report_folder(experiments: Sequence[ExperimentData]) -> Path:
+    """Where a report goes: the `report/` of the one experiment that has points, else `results/report/`.
+
+    Experiments with measurements only (a random-weight decoder) are material to compare with, and do not count; if
+    none has points, the first one counts.
+    """
+    with_points = [experiment for experiment in experiments if experiment.points]
+    owner = (with_points or list(experiments))[0]
+    if len(with_points) <= 1:
+        return owner.folder / "report"
+    return owner.folder.resolve().parent.parent / "report"
+
+
+def load_experiments(folders: Sequence[str | Path]) -> list[ExperimentData]:
+    """Read the experiments named on the command line, those with points first.
+
+    Raises
+    ------
+    UserError
+        If a folder is missing, if nothing in any of them can be reported, or if their numbers must not be mixed.
+    """
+    experiments = [collect(folder) for folder in find_experiments(folders)]
+    if not any(experiment.points or experiment.measurements for experiment in experiments):
+        names = ", ".join(str(experiment.folder) for experiment in experiments)
+        problems = "".join(f"\n  {text}" for e in experiments for text in e.incomplete)
+        raise UserError(
+            f"nothing to report in {names}: no evaluated point and no measured distance; run: "
+            f"python evaluate.py LEAF.yaml --variant full{problems}"
+        )
+    experiments.sort(key=lambda experiment: not experiment.points)
+    check_comparable(experiments)
+    return experiments
+
+
+def build_report(
+    folders: Sequence[str | Path], tolerance: float | None = None, compare: bool = False
+) -> Report:
+    """Write the whole report.
+
+    Arguments
+    ---------
+    folders : sequence of str or Path
+        Experiment folders, `results/<name>` or `results/<name>/<seed>`.
+    tolerance : float, optional
+        Largest accepted relative degradation of all tasks; by default 0.25 for ASR and 0.10 for AST.
+    compare : bool
+        Whether to set the points of several experiments beside each other.
+    """
+    experiments = load_experiments(folders)
+    with_points = [experiment for experiment in experiments if experiment.points]
+    if compare and len(experiments) < 2:
+        raise UserError(
+            f"--compare needs at least two experiments, and {experiments[0].folder} is one; "
+            "run: python report.py results/FIRST results/SECOND --compare"
+        )
+    folder = report_folder(experiments)
+    results = {str(e.folder): analyse(e, tolerance) for e in with_points}
+    tables = [
+        table1(with_points, results, task, tolerance)
+        for task in TOLERANCE
+        if any(experiment.points[0].task == task for experiment in with_points)
+    ]
+    points, ordered = points_table(with_points, results)
+    content = PageContent(
+        experiments, tables, points, ordered, compare_all_measurements(experiments)
+    )
+    if compare and len(with_points) > 1:
+        content.compared = points_of_equal_depth(with_points, results)
+        _write_tables(folder / "compared", [content.compared])
+    if tables:
+        _write_tables(folder / "table1", tables)
+        _write_tables(folder / "points", [points])
+    if content.comparisons:
+        matrices = matrices_table(content.comparisons)
+        matrices.notes = list(dict.fromkeys(note for e in experiments for note in e.notes))
+        _write_tables(folder / "matrices", [matrices])
+    _add_curves(content, with_points, results, tolerance, folder)
+    _add_heatmaps(content, folder)
+    page = write_text(folder / "report.html", render_page(content, folder))
+    text = "\n".join(to_markdown(table) for table in tables)
+    incomplete = [f"{e.label}: {line}" for e in experiments for line in e.incomplete]
+    return Report(folder, page, text, incomplete)
+
+
+def _write_tables(stem: Path, tables: Sequence[Table]) -> None:
+    write_text(stem.with_suffix(".md"), "\n".join(to_markdown(table) for table in tables))
+    write_text(stem.with_suffix(".csv"), to_csv([r for table in tables for r in table.records]))
+
+
+def _add_curves(
+    content: PageContent,
+    experiments: Sequence[ExperimentData],
+    results: dict[str, list[Result]],
+    tolerance: float | None,
+    folder: Path,
+) -> None:
+    from speechllm_prune.reporting import figures
+
+    for task, default in TOLERANCE.items():
+        of_task = [e for e in experiments if e.points[0].task == task]
+        allowed = default if tolerance is None else tolerance
+        for name in dict.fromkeys(name for e in of_task for name in e.eval_sets):
+            figure = figures.pruning_curve(of_task, results, name, allowed)
+            caption = (
+                f"{name}: score against the share of removed layers. Bars: 95 % bootstrap interval over utterances; "
+                f"dotted: {100 * allowed:g} % worse than unpruned. Points of equal depth are drawn slightly apart."
+            )
+            stem = folder / f"pruning_curve_{name}"
+            content.curves.append(_page_figure(figure, stem, caption))
+    for experiment in experiments:
+        training = figures.training_curve(experiment)
+        if training is not None:
+            stem = folder / f"training_curve{_suffix(experiment, experiments)}"
+            caption = f"{experiment.label}: validation during training, before anything is removed."
+            content.training.append(_page_figure(training, stem, caption))
+
+
+def _add_heatmaps(content: PageContent, folder: Path) -> None:
+    from speechllm_prune.reporting import figures
+
+    for experiment in content.experiments:
+        measured = experiment.measurements
+        if not measured:
+            continue
+        suffix = _suffix(experiment, content.experiments[:1])
+        figure = figures.heatmap_figure([figures.panel_of(m) for m in measured.values()])
+        kind = ", a decoder with random weights" if experiment.is_random_decoder else ""
+        caption = (
+            f"{experiment.label}{kind}: angular distance between the input of layer l and that of layer l + n, at the "
+            f"last token. Dark blocks change little. Line: the block that the pruning path removes at each n"
+            f"{'; both panels on one scale' if len(measured) > 1 else ''}."
+        )
+        stem = folder / f"heatmap{suffix}_{'_'.join(measured)}"
+        content.heatmaps.append(_page_figure(figure, stem, caption))
+
+
+def _suffix(experiment: ExperimentData, only: Sequence[ExperimentData]) -> str:
+    """Nothing for the one experiment that needs no name in its file names, else its name and seed."""
+    alone = len(only) == 1 and only[0] is experiment
+    return "" if alone else f"_{experiment.name}_{experiment.seed}"
+
+
+def _page_figure(figure: Any, stem: Path, caption: str) -> PageFigure:
+    from speechllm_prune.reporting import figures
+
+    files = figures.save_figure(figure, stem)
+    return PageFigure(figures.inline_svg(figure, stem.name, caption), caption, files)

@@ -1,0 +1,161 @@
+"""Tables that set experiments beside each other: points of equal depth, and distance matrices with their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from speechllm_prune.evaluation.statistics import paired_bootstrap
+from speechllm_prune.reporting.analysis import MeasurementComparison, Result, read_rows
+from speechllm_prune.reporting.collect import SHUFFLED, ExperimentData, Point
+from speechllm_prune.reporting.tables import Table, block_label, fixed, span
+
+
+def points_of_equal_depth(
+    experiments: Sequence[ExperimentData], results: Mapping[str, Sequence[Result]]
+) -> Table:
+    """Every point of the first experiment beside the others' points with equal set, block size and healing.
+
+    The blocks may differ: that is what comparing paths, tasks or seeds is about. Where an experiment has several
+    blocks of one size, the one on its own path counts.
+
+    Arguments
+    ---------
+    experiments : sequence of ExperimentData
+        The first one is the reference.
+    results : mapping
+        {str(experiment folder): judged results}.
+    """
+    reference, *others = experiments
+    columns = ["evaluation set", "healing", "n", reference.label, "experiment", "its score"]
+    table = Table("Points of equal depth", [*columns, "difference [95 %]", "blocks"])
+    table.notes = list(dict.fromkeys(note for e in experiments for note in e.notes))
+    first = _by_depth(reference, results)
+    for other in others:
+        for key, point in _by_depth(other, results).items():
+            if key in first:
+                _add_pair(table, first[key], point, other.label)
+    table.remarks = [
+        "Difference: score of the experiment minus that of the first one, in points, with the paired bootstrap "
+        "interval where both saw the same utterances."
+    ]
+    return table
+
+
+def _by_depth(
+    experiment: ExperimentData, results: Mapping[str, Sequence[Result]]
+) -> dict[tuple[str, bool, int, str, str], Point]:
+    found: dict[tuple[str, bool, int, str, str], Point] = {}
+    for result in results[str(experiment.folder)]:
+        point = result.point
+        if SHUFFLED in point.tag:
+            continue
+        key = (point.eval_set, point.control, point.block_size, point.heal_mode, point.tag)
+        on_path = point.start_layer is not None and "own" in experiment.sources(
+            point.start_layer, point.block_size
+        )
+        if on_path or key not in found:
+            found[key] = point
+    return found
+
+
+def _add_pair(table: Table, one: Point, two: Point, label: str) -> None:
+    interval = None
+    try:
+        first, second = read_rows(one), read_rows(two)
+        interval = paired_bootstrap(*first, *second, one.metric).difference
+    except (
+        ValueError
+    ):  # other utterances, or no hyps.jsonl: the difference stands without an interval
+        pass
+    healing = "control" if one.control else one.heal_mode + (f"+{one.tag}" if one.tag else "")
+    blocks = [block_label(p.start_layer, p.block_size) for p in (one, two) if p.is_pruned]
+    table.rows.append(
+        [
+            one.eval_set,
+            "unpruned" if one.is_full else healing,
+            str(one.block_size),
+            fixed(one.value),
+            label,
+            fixed(two.value),
+            f"{two.value - one.value:+.2f}{span(interval)}",
+            "–" if not blocks else "same" if len(set(blocks)) == 1 else " / ".join(blocks),
+        ]
+    )
+    table.records.append(
+        {
+            "eval_set": one.eval_set,
+            "block_size": one.block_size,
+            "first_experiment": one.experiment,
+            "first_seed": one.seed,
+            "first_variant": one.variant,
+            "first_value": one.value,
+            "experiment": two.experiment,
+            "seed": two.seed,
+            "variant": two.variant,
+            "value": two.value,
+            "difference": two.value - one.value,
+            "difference_low": interval.low if interval else None,
+            "difference_high": interval.high if interval else None,
+            "note": two.note,
+        }
+    )
+
+
+def matrices_table(comparisons: Sequence[MeasurementComparison]) -> Table:
+    """Matrices and paths side by side, one line per pair."""
+    columns = ["first", "second", "decoder", "Spearman", "Spearman, last layer left out"]
+    columns += [
+        "mean |difference|",
+        "same block",
+        "mean |start difference|",
+        "overlap",
+        "the paths",
+    ]
+    table = Table("Distance matrices and paths compared", columns)
+    for pair in comparisons:
+        kind = "random weights in one" if pair.random_decoder else "as trained"
+        if pair.refused:
+            table.rows.append([pair.first, pair.second, kind, *["–"] * 6, pair.refused])
+            continue
+        agreement = pair.agreement
+        cells = [
+            fixed(pair.spearman, 3),
+            fixed(pair.spearman_removable, 3),
+            fixed(pair.mean_difference, 4),
+        ]
+        if agreement is None:
+            cells += ["–", "–", "–", "too few layers for a choice"]
+        else:
+            cells += [
+                f"{agreement.exact_share:.0%} of {agreement.num_compared}",
+                f"{agreement.mean_offset:.2f} layers",
+                f"{agreement.overlap:.0%}",
+                agreement.statement,
+            ]
+        table.rows.append([pair.first, pair.second, kind, *cells])
+        table.records.append(
+            {
+                "first": pair.first,
+                "second": pair.second,
+                "random_decoder": pair.random_decoder,
+                "spearman_without_row_means": pair.spearman,
+                "spearman_last_layer_left_out": pair.spearman_removable,
+                "mean_absolute_difference": pair.mean_difference,
+                "same_block_share": agreement.exact_share if agreement else None,
+                "mean_start_difference": agreement.mean_offset if agreement else None,
+                "removed_layer_overlap": agreement.overlap if agreement else None,
+                "tail_rule_share": agreement.tail_share if agreement else None,
+            }
+        )
+    table.remarks = [
+        "Spearman: rank correlation after each row's mean is taken out, because distances grow with block size in any "
+        "decoder; once more without the blocks that end at the last layer, whose distances are large in any decoder.",
+        "Same block: share of the block sizes with a choice at which both paths start at the same layer; overlap: mean "
+        "share of removed layers that both remove. Where both only follow the tail rule (the deepest block that leaves "
+        "the last layer), agreement carries no information.",
+    ]
+    if any(pair.random_decoder for pair in comparisons):
+        table.remarks.append(
+            "Lines with random weights show what agreement is worth: a decoder that learned nothing."
+        )
+    return table

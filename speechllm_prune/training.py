@@ -1,0 +1,309 @@
+"""Stage 1 and healing: the same loop with another set of trainable names."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+
+from speechllm_prune.brain import SpeechLLMBrain
+from speechllm_prune.checkpoint import AtomicCheckpointer
+from speechllm_prune.data.batching import EndlessBatchSampler, sorted_batches
+from speechllm_prune.data.manifest import Row
+from speechllm_prune.data.pipeline import Utterances, filter_training_rows
+from speechllm_prune.data.prompt import encode_target
+from speechllm_prune.experiment import Variant, write_json, write_text
+from speechllm_prune.hparams import identity, resolve_hparams
+from speechllm_prune.models.decoder import num_parameters
+from speechllm_prune.models.speechllm import SpeechLLM
+from speechllm_prune.prune.lora import LoraSettings
+from speechllm_prune.prune.surgery import PrunePlan
+from speechllm_prune.restore import (
+    HealState,
+    build_model,
+    cut,
+    load_train_state,
+    set_trainable,
+    train_names,
+)
+from speechllm_prune.runtime import Stopped, UserError, derive_seed
+from speechllm_prune.tasks import TASKS
+from speechllm_prune.workbench import Workbench
+
+
+def train(bench: Workbench) -> None:
+    """Stage 1: train the projector (and the decoder's adapters, if there are any)."""
+    config_hash = bench.run.config_hash()
+    bench.prepare()
+    if not bench.begin("train", config_hash):
+        return
+    bench.on_main(_archive, bench)
+    model = build_model(bench.hparams, bench.device)
+    bench.adopt(model)
+    names = train_names(model)
+    if if_main_process():
+        _announce(bench, model, names)
+    fit(bench, "train", "train", names, bench.hparams["num_steps"], config_hash)
+    load_train_state(model, bench.experiment)
+
+
+def heal(bench: Workbench, plan: PrunePlan, mode: str, tag: str = "") -> str:
+    """Heal a cut model: adapters on the receiving layer's MLP and/or the projector. Returns the variant's name.
+
+    Starts from the best stage-1 state with a fresh optimiser and the full peak learning rate.
+    """
+    hparams = bench.hparams
+    variant = Variant(plan.start_layer, plan.block_size, mode, tag, plan.control)
+    stage, config_hash = f"heal/{variant.name}", bench.run.config_hash("heal")
+    model = bench.model
+    if not bench.begin(stage, config_hash):
+        return variant.name
+    lora = LoraSettings(
+        hparams["heal_lora_rank"], hparams["heal_lora_alpha"], hparams["heal_lora_dropout"]
+    )
+    state = HealState(mode, lora)
+    if if_main_process():
+        write_text(bench.experiment.stage(stage) / "hyperparams.yaml", bench.run.text)
+    # One seed for all modes and the control: same adapters at the start, same data in the same order.
+    bench.seed("heal")
+    with cut(model, plan, state) as names:
+        facts = state.facts() | {"variant": variant.name}
+        fit(bench, stage, "heal", names, hparams["heal_steps"], config_hash, **facts)
+    return variant.name
+
+
+def fit(
+    bench: Workbench,
+    stage: str,
+    seed_name: str,
+    names: list[str],
+    num_steps: int,
+    config_hash: str,
+    **facts: Any,
+) -> None:
+    """Train the named parameters of the bench's model and finish the stage.
+
+    Arguments
+    ---------
+    bench : Workbench
+        Holds the model as it is to be trained.
+    stage : str
+        Folder of the stage.
+    seed_name : str
+        What the random state is derived from, with seed and rank.
+    names : list of str
+        Parameters to train.
+    num_steps : int
+        Optimiser steps.
+    config_hash : str
+        Of the stage.
+    **facts
+        Further fields of DONE.json.
+    """
+    hparams, model, folder = bench.hparams, bench.model, bench.experiment.stage(stage)
+    interval = min(hparams["valid_interval"], num_steps)
+    if bench.run.flags.debug:
+        interval, num_steps = 2, 4
+    utterances = training_utterances(bench)
+    sampler = EndlessBatchSampler(
+        utterances.sizes,
+        hparams["batch_size"],
+        hparams["batch_positions"],
+        hparams["pool_batches"],
+        derive_seed(hparams["seed"], "batches"),
+        bench.rank,
+        bench.world_size,
+    )
+    valid = validation_utterances(bench)
+    valid_index = sorted_batches(
+        valid.sizes, hparams["eval_batch_size"], bench.rank, bench.world_size
+    )
+    bench.seed(seed_name)
+    set_trainable(model, names)
+    brain = SpeechLLMBrain(
+        model,
+        hparams,
+        num_steps,
+        interval,
+        sampler,
+        {key: value for key, value in bench.run_options.items() if key != "debug"},
+        AtomicCheckpointer(folder / "save"),
+        _logger(hparams["train_logger"], folder / "train_log.txt"),
+    )
+    try:
+        with log_to(folder):
+            brain.fit(
+                brain.epochs(),
+                utterances.loader(sampler, hparams["num_workers"]),
+                valid.loader(valid_index, hparams["num_workers"]),
+            )
+    except Stopped as reason:
+        if if_main_process():
+            bench.experiment.stopped(
+                stage, config_hash, str(reason), optimizer_step=brain.optimizer_step
+            )
+        raise
+    finally:
+        set_trainable(model, [])
+        model.eval()
+    if if_main_process():
+        metric = TASKS[hparams["task"]].metric
+        key = f"valid_{metric}"
+        best = brain.checkpointer.find_checkpoint(
+            **{"max_key" if metric == "bleu" else "min_key": key}
+        )
+        manifests = [
+            bench.manifest(name)
+            for name in (*hparams["train_manifests"], hparams["valid_manifest"])
+        ]
+        bench.experiment.finish(
+            stage,
+            config_hash,
+            manifests,
+            checkpoint=f"save/{best.path.name}",
+            **{key: best.meta[key]},
+            optimizer_step=best.meta["optimizer_step"],
+            num_steps=num_steps,
+            num_trainable=sum(
+                p.numel() for name, p in model.named_parameters() if name in set(names)
+            ),
+            trainable=names,
+            **facts,
+        )
+    ddp_barrier()
+
+
+def training_utterances(bench: Workbench) -> Utterances:
+    """The training rows that pass the length filters, the dropped ones counted by reason."""
+    hparams, model = bench.hparams, bench.model
+    parts: list[Utterances] = []
+    for key in hparams["train_manifests"]:
+        if (key, False) not in bench._utterances:
+            kept = _filtered(bench, key, model)
+            bench._utterances[key, False] = bench.make_utterances(key, kept)
+        parts.append(bench._utterances[key, False])
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _filtered(bench: Workbench, key: str, model: SpeechLLM) -> list[Row]:
+    hparams, rows = bench.hparams, bench.rows(key)
+    tokens = [len(encode_target(model.tokenizer, row.text, model.text_case)) for row in rows]
+    kept, dropped = filter_training_rows(
+        rows, tokens, hparams["min_seconds"], hparams["max_seconds"], hparams["max_target_tokens"]
+    )
+    if if_main_process():
+        hours = sum(row.duration for row in kept) / 3600
+        reasons = "".join(f"; dropped {count} {reason}" for reason, count in dropped.items())
+        print(f"{key}: {len(kept)} utterances, {hours:.2f} h{reasons}")
+    return kept
+
+
+def _joined(parts: list[Utterances]) -> Utterances:
+    rows = [row for part in parts for row in part.rows]
+    if len({row.ID for row in rows}) != len(rows):
+        raise UserError("two training manifests share an utterance id")
+    dataset = torch.utils.data.ConcatDataset([part.dataset for part in parts])
+    return Utterances(rows, dataset, [size for part in parts for size in part.sizes])
+
+
+def validation_utterances(bench: Workbench) -> Utterances:
+    """A fixed random subset of the validation manifest: the same in every run, on every rank."""
+    key = bench.hparams["valid_manifest"]
+    rows, count = bench.rows(key), bench.hparams["valid_utterances"]
+    if not count or count >= len(rows):
+        return bench.utterances(key)
+    chosen = sorted(random.Random("validation").sample(range(len(rows)), count))
+    return bench.make_utterances(key, [rows[index] for index in chosen])
+
+
+def _archive(bench: Workbench) -> None:
+    """hyperparams.yaml, the authority on this experiment, and what the leaf alone said (to notice later changes)."""
+    run, folder = bench.run, bench.experiment.stage("train")
+    if (folder / "hyperparams.yaml").is_file():
+        return  # a resumed run keeps its archive
+    leaf = identity(resolve_hparams(run.leaf, None, run.flags.allow_module))
+    write_json(folder / "leaf.json", {"leaf": run.leaf, "values": leaf})
+    write_text(folder / "hyperparams.yaml", run.text)
+
+
+def _announce(bench: Workbench, model: SpeechLLM, names: list[str]) -> None:
+    """One line for every choice."""
+    hparams, config = bench.hparams, model.decoder.config.get_text_config()
+    trained = sum(p.numel() for name, p in model.named_parameters() if name in set(names))
+    total, decoder = num_parameters(model), num_parameters(model.decoder)
+    print(
+        f"encoder:  {hparams['encoder_hub']} ({num_parameters(model.encoder):,} parameters, frozen)"
+    )
+    print(
+        f"decoder:  {hparams['decoder_hub']} ({decoder:,} parameters, {100 * decoder / total:.1f} % of all, "
+        f"{config.num_hidden_layers} layers)"
+    )
+    print(f"trained:  {trained:,} parameters on {bench.device}, frozen weights in {bench.dtype}")
+    print(f"tokens:   {model.token_ids}, prompt {model.prompt!r} = {model.prompt_ids}")
+    batch = (
+        f"{hparams['batch_positions']} positions"
+        if hparams["batch_positions"]
+        else f"{hparams['batch_size']} utterances"
+    )
+    micro = f"{bench.world_size} x {hparams['grad_accumulation_factor']} x {batch}"
+    print(f"schedule: {hparams['num_steps']} steps of {micro}, lr {hparams['lr']:g}")
+    if hparams["results_note"]:
+        print(f"note:     {hparams['results_note']}")
+
+
+def _logger(factory: Callable[..., Any], file: Path) -> Any:
+    """SpeechBrain's text logger takes a file, its TensorBoard logger a folder."""
+    import inspect
+
+    names = inspect.signature(factory).parameters
+    return (
+        factory(save_file=str(file))
+        if "save_file" in names
+        else factory(save_dir=str(file.parent / "tensorboard"))
+    )
+
+
+class log_to:
+    """Context: Python's log also goes to `log.txt`, the environment to `env.log`.
+
+    Arguments
+    ---------
+    folder : Path
+        Of the stage.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        self.handler: logging.Handler | None = None
+        if not if_main_process():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        import peft
+        import speechbrain
+        import transformers
+
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {
+            module.__name__: module.__version__ for module in (transformers, peft, speechbrain)
+        }
+        lines = [f"{name} {version}" for name, version in versions.items()]
+        write_text(self.folder / "env.log", "\n".join([f"platform {sys.platform}", *lines]) + "\n")
+        self.handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        self.handler.setFormatter(
+            logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
+        )
+        logging.getLogger().addHandler(self.handler)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.handler is not None:
+            logging.getLogger().removeHandler(self.handler)
+            self.handler.close()

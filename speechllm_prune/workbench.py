@@ -1,0 +1,244 @@
+"""What the stages of one command share: device, ranks, the model in its stage-1 state, and the splits it has opened.
+
+A sweep runs many stages on one workbench: the model is loaded once, every split is opened once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    ddp_broadcast,
+    ddp_init_group,
+    if_main_process,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from speechllm_prune.cli import Run
+from speechllm_prune.data.batching import Batch, sorted_batches
+from speechllm_prune.data.features import FeatureStore, store_fingerprint, write_store
+from speechllm_prune.data.manifest import Row, manifest_path, read_manifest, read_summary
+from speechllm_prune.data.pipeline import Utterances, make_utterances
+from speechllm_prune.hparams import ALLOWED_MODULES, hub_fingerprint
+from speechllm_prune.models.speechllm import SpeechLLM
+from speechllm_prune.restore import choose_device, frozen_dtype, restore
+from speechllm_prune.runtime import UserError, seed_everything
+
+
+class Workbench:
+    """One process's view of a run.
+
+    Arguments
+    ---------
+    run : Run
+        From `open_run`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.hparams = run.hparams
+        self.experiment = run.experiment
+        backend = run.run_options.get("distributed_backend") or (
+            "nccl" if torch.cuda.is_available() else "gloo"
+        )
+        if "RANK" in os.environ and not torch.distributed.is_initialized():
+            ddp_init_group({"distributed_backend": backend})
+        initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if initialised else 0
+        self.world_size = torch.distributed.get_world_size() if initialised else 1
+        self.device = choose_device(self.hparams["device"])
+        if self.device == "cuda" and self.world_size > 1:
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.run_options = {
+            **run.run_options,
+            "distributed_backend": backend,
+            "device": self.device,
+            "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32",
+            "grad_accumulation_factor": self.hparams["grad_accumulation_factor"],
+            "max_grad_norm": self.hparams["max_grad_norm"],
+            "ckpt_interval_minutes": self.hparams["ckpt_interval_minutes"],
+        }
+        self._model: SpeechLLM | None = None
+        self._utterances: dict[tuple[str, bool], Utterances] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the frozen weights."""
+        return frozen_dtype(self.hparams["precision"], self.device)
+
+    def seed(self, stage: str) -> None:
+        """Seed this rank for a stage, independently of what ran before."""
+        seed_everything(self.hparams["seed"], stage, self.rank)
+
+    def on_main(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run on rank 0 only; every rank gets the result, or the user error."""
+        result: Any = None
+        if if_main_process():
+            try:
+                result = function(*args, **kwargs)
+            except UserError as error:
+                result = error
+        result = ddp_broadcast(result)
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def begin(self, stage: str, config_hash: str) -> bool:
+        """`Experiment.begin` on rank 0."""
+        return self.on_main(self.experiment.begin, stage, config_hash, self.run.flags.overwrite)
+
+    # ------------------------------------------------------------ model and data
+
+    @property
+    def model(self) -> SpeechLLM:
+        """The full model in its stage-1 state, loaded on first use."""
+        if self._model is None:
+            self.experiment.require("train", self.run.command("train", "--data_folder FOLDER"))
+            self._model = restore(self.experiment, "full", self.hparams, self.device)
+        return self._model
+
+    def adopt(self, model: SpeechLLM) -> None:
+        """Use a model that is at hand instead of loading it."""
+        self._model = model
+
+    def rows(self, key: str) -> list[Row]:
+        """Rows of a manifest such as `librispeech/test-clean`."""
+        rows = read_manifest(self.manifest(key))
+        if self.run.flags.debug:
+            rows = rows[:16]
+        return rows
+
+    def manifest(self, key: str) -> Path:
+        """CSV of a manifest key."""
+        return manifest_path(self.hparams["manifest_folder"], key)
+
+    def is_prepared(self, key: str) -> bool:
+        """Whether a manifest is there and complete."""
+        return self.manifest(key).is_file() and self.manifest(key).with_suffix(".json").is_file()
+
+    def utterances(self, key: str, shuffle_audio: bool = False) -> Utterances:
+        """A split, ready to be batched; with `cache_features` its encoder features are computed on first use."""
+        if (key, shuffle_audio) not in self._utterances:
+            self._utterances[key, shuffle_audio] = self.make_utterances(
+                key, self.rows(key), shuffle_audio
+            )
+        return self._utterances[key, shuffle_audio]
+
+    def make_utterances(self, key: str, rows: list[Row], shuffle_audio: bool = False) -> Utterances:
+        """Like `utterances`, for chosen rows of a manifest."""
+        audio_of = next_audio(rows) if shuffle_audio else None
+        features = self.features(key) if self.hparams["cache_features"] else None
+        return make_utterances(rows, self.model, features, audio_of)
+
+    def features(self, key: str) -> FeatureStore:
+        """The feature store of a manifest, written on first use (by rank 0)."""
+        encoder = self.model.encoder
+        fingerprint = store_fingerprint(
+            hub_fingerprint(self.hparams["encoder_hub"], self.hparams["encoder_revision"]),
+            self.hparams["encoder_output_norm"],
+            encoder.dtype,
+            read_summary(self.manifest(key))["sha256"],
+        )
+        folder = Path(self.hparams["results_folder"]) / "features" / fingerprint
+        if not FeatureStore.exists(folder) and if_main_process():
+            every = make_utterances(read_manifest(self.manifest(key)), self.model)
+            index = sorted_batches(every.sizes, self.hparams["eval_batch_size"])
+            batches = every.loader(index, self.hparams["num_workers"])
+            write_store(folder, encoder, self.on_device(self.progress(batches, f"encoding {key}")))
+        ddp_barrier()
+        return FeatureStore(folder)
+
+    def sorted_loader(self, utterances: Utterances, batch_size: int) -> Iterator[Batch]:
+        """This rank's share of a split, longest first, on the device."""
+        index = sorted_batches(utterances.sizes, batch_size, self.rank, self.world_size)
+        return self.on_device(utterances.loader(index, self.hparams["num_workers"]))
+
+    def on_device(self, batches: Any) -> Iterator[Batch]:
+        """Move batches to the device."""
+        return (batch.to(self.device) for batch in batches)
+
+    def progress(self, items: Any, text: str, total: int | None = None) -> Any:
+        """A progress bar on rank 0 of a terminal, nothing elsewhere."""
+        hidden = None if if_main_process() and not self.run_options.get("noprogressbar") else True
+        return tqdm(items, desc=text, total=total, disable=hidden, dynamic_ncols=True)
+
+    def prepare(self) -> None:
+        """Prepare the manifests of the training corpus; other corpora are prepared by their own command.
+
+        A split that only evaluation needs and that the corpus lacks is a warning here.
+        """
+        if self.hparams["skip_prep"]:
+            return
+        corpus = self.hparams["train_manifests"][0].split("/")[0]
+        needed = [
+            *self.hparams["train_manifests"],
+            self.hparams["valid_manifest"],
+            self.hparams["measure_manifest"],
+        ]
+        prepare = find_callable(self.hparams["prepare"], tuple(self.run.flags.allow_module))
+        folder = Path(self.hparams["manifest_folder"]) / corpus
+
+        def of_corpus(keys: list[str]) -> list[str]:
+            return list(
+                dict.fromkeys(key.split("/", 1)[1] for key in keys if key.split("/")[0] == corpus)
+            )
+
+        options = {"max_bad_share": self.hparams["max_bad_share"]}
+        self.on_main(prepare, self.hparams["data_folder"], folder, of_corpus(needed), **options)
+        for split in of_corpus(self.hparams["eval_manifests"]):
+            try:
+                self.on_main(prepare, self.hparams["data_folder"], folder, [split], **options)
+            except UserError as error:
+                print(f"warning: {corpus}/{split} cannot be evaluated: {error}", file=sys.stderr)
+
+
+def next_audio(rows: list[Row]) -> dict[str, str]:
+    """Give every utterance the audio of the one after next in length, so that only the words are wrong, not the length.
+
+    Example
+    -------
+    >>> rows = [Row(name, seconds, "x", "y") for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    >>> next_audio(rows)
+    {'a': 'b', 'b': 'c', 'c': 'a'}
+    """
+    ordered = [row.ID for row in sorted(rows, key=lambda row: (row.duration, row.ID))]
+    return dict(zip(ordered, ordered[1:] + ordered[:1], strict=True))
+
+
+def find_callable(dotted: str, allow_modules: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """The function that a dotted string names, from an allowed package.
+
+    Raises
+    ------
+    UserError
+    """
+    module, _, name = dotted.rpartition(".")
+    if module.split(".")[0] not in (*ALLOWED_MODULES, *allow_modules):
+        raise UserError(
+            f"prepare: {dotted!r} is not in an allowed package ({', '.join(ALLOWED_MODULES)})"
+        )
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"prepare: cannot find {dotted!r}: {error}") from None
+
+
+def text_batches(
+    sequences: list[list[int]], batch_size: int, pad: int, device: str
+) -> Iterator[dict[str, Tensor]]:
+    """Right-padded `input_ids` and `attention_mask`, longest first, for text mode."""
+    for index in sorted_batches([len(ids) for ids in sequences], batch_size):
+        length = max(len(sequences[i]) for i in index)
+        ids = torch.tensor([sequences[i] + [pad] * (length - len(sequences[i])) for i in index])
+        mask = torch.tensor(
+            [[1] * len(sequences[i]) + [0] * (length - len(sequences[i])) for i in index]
+        )
+        yield {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
