@@ -75,18 +75,23 @@ class LinearWarmdown(LambdaLR):
 
 
 class Counters:
-    """What the run has seen, over all ranks."""
+    """What the run has seen, over all ranks: labels, utterances, seconds of audio.
 
-    def __init__(self) -> None:
-        self.values = {"utterances": 0, "seconds": 0.0, "best": None}
+    Sums stay on the device; reading them waits for it.
+    """
 
-    def state_dict(self) -> dict[str, Any]:
+    NAMES = ("labels", "utterances", "seconds")
+
+    def __init__(self, device: str) -> None:
+        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+
+    def state_dict(self) -> dict[str, float]:
         """For the checkpoint."""
-        return dict(self.values)
+        return dict(zip(self.NAMES, self.sums.tolist(), strict=True))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """From the checkpoint."""
-        self.values.update(state)
+        self.sums.copy_(torch.tensor([state[name] for name in self.NAMES]))
 
 
 class SpeechLLMBrain(sb.Brain):
@@ -131,15 +136,19 @@ class SpeechLLMBrain(sb.Brain):
         self.sampler = sampler
         self.train_logger = train_logger
         self.task = TASKS[hparams["task"]]
-        self.counters = Counters()
+        self.counters = Counters(self.device)
         self.world_size = torch.distributed.get_world_size() if is_distributed_initialized() else 1
         self.batches: Iterator[Batch] | None = None
-        self.label_count: Tensor = torch.zeros((), device=self.device)
+        self.step = 0  # micro-batch within the optimiser step
+        self.totals = self._no_sums()  # since the last validation, on this rank
+        self.step_counts = torch.zeros_like(
+            self.counters.sums
+        )  # of this rank, for the optimiser step under way
 
     # ------------------------------------------------------------ set-up
 
     def init_optimizers(self) -> None:
-        """One parameter group of everything trainable; optimiser, schedule, sampler and counters join the checkpoint."""
+        """One group of everything trainable; optimiser, schedule, sampler and counters join the checkpoint."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         assert all(p.dtype == torch.float32 for p in parameters), "what is trained is fp32"
         self.optimizer = self.hparams.opt_class(parameters, lr=self.hparams.lr)
@@ -182,12 +191,12 @@ class SpeechLLMBrain(sb.Brain):
                 sums = self.compute_forward(batch, sb.Stage.TRAIN)
             # DDP averages gradients over ranks; the step divides by the labels of all ranks, so undo the mean.
             (sums.loss * self.world_size).backward()
-        self.label_count += sums.num_labels
+        counts = torch.tensor([0.0, len(batch), sum(batch.durations)], dtype=torch.float64)
+        self.step_counts += counts.to(self.step_counts.device, non_blocking=True)
+        self.step_counts[0] += sums.num_labels
         self.totals = LossSums(
             *(total + part.detach() for total, part in zip(self.totals, sums, strict=True))
         )
-        self.counters.values["utterances"] += len(batch)
-        self.counters.values["seconds"] += sum(batch.durations)
         self.sampler.advance()
         if should_step:
             self.optimizers_step()
@@ -195,18 +204,19 @@ class SpeechLLMBrain(sb.Brain):
 
     def optimizers_step(self) -> None:
         """Divide by the global label count, clip over all parameters, update, move the schedule."""
-        count = self.label_count
+        counts = self.step_counts
         if self.world_size > 1:
-            count = ddp_all_reduce(count.clone(), torch.distributed.ReduceOp.SUM)
+            counts = ddp_all_reduce(counts, torch.distributed.ReduceOp.SUM)
+        self.counters.sums += counts
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad /= count
+                parameter.grad /= counts[0].to(parameter.grad.dtype)
         torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        self.label_count.zero_()
+        self.step_counts.zero_()
         self.optimizer_step += 1
 
     def epochs(self) -> Iterator[int]:
@@ -219,8 +229,8 @@ class SpeechLLMBrain(sb.Brain):
         # of an endless one, shows what tells alignment from its plateau, and can be stopped between steps.
         self.modules.train()
         self.zero_grad()
-        self.label_count.zero_()
-        self.totals = LossSums(*(torch.zeros((), device=self.device) for _ in range(3)))
+        self.step_counts.zero_()
+        self.totals = self._no_sums()
         if self.batches is None:
             self.batches = iter(train_set)
         last_step = min(self.num_steps, epoch * self.valid_interval)
@@ -229,11 +239,12 @@ class SpeechLLMBrain(sb.Brain):
             total=last_step,
             initial=self.optimizer_step,
             dynamic_ncols=True,
-            disable=None if enable else True,
+            disable=not enable,
             unit="step",
         ) as bar:
             while self.optimizer_step < last_step:
-                for self.step in range(1, self.grad_accumulation_factor + 1):
+                for step in range(1, self.grad_accumulation_factor + 1):
+                    self.step = step
                     self.fit_batch(next(self.batches).to(self.device))
                 bar.update()
                 if self.optimizer_step % 10 == 0:  # reading the loss waits for the device
@@ -247,6 +258,9 @@ class SpeechLLMBrain(sb.Brain):
                 if stop:
                     raise Stopped(stop_requested() or "a signal on another rank")
         self.step = 0
+
+    def _no_sums(self) -> LossSums:
+        return LossSums(*(torch.zeros((), device=self.device) for _ in range(3)))
 
     def train_stats(self) -> dict[str, float]:
         """Mean loss and teacher-forced token accuracy (percent) since the last validation, on this rank."""
@@ -305,15 +319,15 @@ class SpeechLLMBrain(sb.Brain):
         pass_share = self.sampler.position / max(
             1, len(self.sampler.batches_of_pass(self.sampler.pass_number))
         )
-        seen = self.counters.values
+        seen = self.counters.state_dict()
         if if_main_process():
             self.train_logger.log_stats(
                 {
                     "step": self.optimizer_step,
                     "lr": self.scheduler.get_last_lr()[0],
                     "epochs": round(self.sampler.pass_number + pass_share, 3),
-                    "utterances": seen["utterances"] * self.world_size,
-                    "audio_hours": round(seen["seconds"] * self.world_size / 3600, 3),
+                    "utterances": round(seen["utterances"]),
+                    "audio_hours": round(seen["seconds"] / 3600, 3),
                 },
                 train_stats=self.train_stats(),
                 valid_stats={

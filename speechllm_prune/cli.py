@@ -242,8 +242,8 @@ def _compare(
     lines = differences(new, archived, [key for key in pairs if is_training_key(key)])
     if lines:
         raise UserError(
-            f"{archive} is the authority on this experiment: {'; '.join(lines)}. Leave the option out, or train another "
-            f"--experiment_name with it"
+            f"{archive} is the authority on this experiment: {'; '.join(lines)}. Leave the option out, or train "
+            f"another --experiment_name with it"
         )
     origin = experiment.stage("train") / "leaf.json"
     if origin.is_file():

@@ -1,7 +1,7 @@
 """An experiment's YAML: a leaf and the command line laid over the base, checked, then loaded by stock HyperPyYAML.
 
-The overlay is made on the text, node by node, because HyperPyYAML's own override would keep the class of a `!name:` node
-whose class is to be replaced. The result is one flat file that stock `load_hyperpyyaml` loads without this module.
+The overlay is made on the text, node by node, because HyperPyYAML's own override would keep the class of a `!name:`
+node whose class is to be replaced. The result is one flat file that stock `load_hyperpyyaml` loads without this module.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MACHINE_KEYS = frozenset(
 """Keys that say where and how fast, not what."""
 
 SELECTION_KEYS = frozenset(
-    "eval_manifests variant shuffle_audio block_size start_layer path heal_mode control tag block_sizes heal_modes shard "
-    "measure_input tolerance results_note".split()
+    "eval_manifests variant shuffle_audio block_size start_layer path heal_mode control tag block_sizes heal_modes "
+    "shard measure_input tolerance results_note".split()
 )
 """Keys that choose among results which have folders of their own, or how results are shown."""
 
@@ -35,7 +35,7 @@ STAGE_KEYS: dict[str, frozenset[str]] = {
     "heal": frozenset("heal_steps heal_lora_rank heal_lora_alpha heal_lora_dropout".split()),
     "evaluate": frozenset("eval_batch_size max_tokens_per_second target_language".split()),
 }
-"""Keys that decide the results of one stage after training. All keys in none of these sets are the training's identity."""
+"""Keys that decide the results of one stage after training. Keys in none of these sets are the training's identity."""
 
 EXTENSION_POINTS = frozenset(
     "opt_class lr_scheduler projector_class activation train_logger".split()
@@ -69,8 +69,8 @@ POSITIVE = frozenset(
     "heal_lora_rank eval_batch_size measure_batch_size lr max_grad_norm max_tokens_per_second".split()
 )
 NOT_NEGATIVE = frozenset(
-    "warmup_steps batch_positions valid_utterances decoder_lora_rank min_seconds max_seconds max_target_tokens num_workers "
-    "block_size max_bad_share tolerance".split()
+    "warmup_steps batch_positions valid_utterances decoder_lora_rank min_seconds max_seconds max_target_tokens "
+    "num_workers block_size max_bad_share tolerance".split()
 )
 
 
@@ -99,6 +99,8 @@ def load_hparams(path: str | Path, overrides: Mapping[str, Any] | None = None) -
 
 def load_resolved(text: str, source: str = "the YAML") -> dict[str, Any]:
     """Load the text that `resolve_hparams` made, with stock HyperPyYAML."""
+    import logging
+
     from hyperpyyaml import load_hyperpyyaml
 
     missing = [key for key, node in _parse(text, source).items() if _tag(node) == "!PLACEHOLDER"]
@@ -106,10 +108,14 @@ def load_resolved(text: str, source: str = "the YAML") -> dict[str, Any]:
         raise UserError(
             f"{source}: give {' and '.join(f'--{key} VALUE' for key in missing)} (no default is possible)"
         )
+    # SpeechBrain's loggers warn while they are imported that torchvision is missing; only its image logger needs it.
+    logging.disable(logging.WARNING)
     try:
         return load_hyperpyyaml(text)
     except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise UserError(f"{source}: {str(error).strip()}") from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def resolve_hparams(

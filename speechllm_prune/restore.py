@@ -1,4 +1,4 @@
-"""The only place that knows the order: build -> load train state -> remove layers -> healing adapters -> load heal state.
+"""The only place that knows the order: build, load train state, remove layers, add healing adapters, load heal state.
 
 Names of train-state tensors use the original layer numbers, names of heal-state tensors those after the cut; any other
 order would load the wrong layer's weights without an error.
@@ -251,7 +251,7 @@ def cut(
 def _apply(
     model: SpeechLLM, plan: PrunePlan, heal_state: HealState | None
 ) -> tuple[Removal | None, list[str]]:
-    """Remove layers, add adapters, load tensors; returns the removal (None for a control) and the names healing owns."""
+    """Remove layers, add adapters, load tensors; returns the removal (None: control) and the names healing owns."""
     depth = num_layers(model.decoder)
     if plan.num_layers != depth:
         raise UserError(

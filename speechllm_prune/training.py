@@ -143,6 +143,7 @@ def fit(
                 brain.epochs(),
                 utterances.loader(sampler, hparams["num_workers"]),
                 valid.loader(valid_index, hparams["num_workers"]),
+                progressbar=bench.shows_progress,
             )
     except Stopped as reason:
         if if_main_process():
@@ -209,7 +210,7 @@ def _joined(parts: list[Utterances]) -> Utterances:
     rows = [row for part in parts for row in part.rows]
     if len({row.ID for row in rows}) != len(rows):
         raise UserError("two training manifests share an utterance id")
-    dataset = torch.utils.data.ConcatDataset([part.dataset for part in parts])
+    dataset: Any = torch.utils.data.ConcatDataset([part.dataset for part in parts])
     return Utterances(rows, dataset, [size for part in parts for size in part.sizes])
 
 

@@ -21,6 +21,7 @@ from speechbrain.utils.distributed import (
 )
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from speechllm_prune.cli import Run
 from speechllm_prune.data.batching import Batch, sorted_batches
@@ -66,6 +67,8 @@ class Workbench:
             "max_grad_norm": self.hparams["max_grad_norm"],
             "ckpt_interval_minutes": self.hparams["ckpt_interval_minutes"],
         }
+        if not sys.stderr.isatty() or self.rank > 0:
+            disable_progress_bar()  # of transformers; ours look for themselves
         self._model: SpeechLLM | None = None
         self._utterances: dict[tuple[str, bool], Utterances] = {}
 
@@ -165,10 +168,20 @@ class Workbench:
         """Move batches to the device."""
         return (batch.to(self.device) for batch in batches)
 
+    @property
+    def shows_progress(self) -> bool:
+        """Bars are for rank 0 of a terminal."""
+        return (
+            self.rank == 0
+            and sys.stderr.isatty()
+            and not self.run_options.get("noprogressbar", False)
+        )
+
     def progress(self, items: Any, text: str, total: int | None = None) -> Any:
         """A progress bar on rank 0 of a terminal, nothing elsewhere."""
-        hidden = None if if_main_process() and not self.run_options.get("noprogressbar") else True
-        return tqdm(items, desc=text, total=total, disable=hidden, dynamic_ncols=True)
+        return tqdm(
+            items, desc=text, total=total, disable=not self.shows_progress, dynamic_ncols=True
+        )
 
     def prepare(self) -> None:
         """Prepare the manifests of the training corpus; other corpora are prepared by their own command.

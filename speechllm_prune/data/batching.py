@@ -146,6 +146,7 @@ class EndlessBatchSampler:
         self.pool_batches = pool_batches
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.pass_number, self.position = 0, 0
+        self._known = (-1, 0)  # a pass and its number of batches
 
     def batches_of_pass(self, pass_number: int) -> list[list[int]]:
         """All batches of one pass for this rank."""
@@ -204,7 +205,7 @@ class EndlessBatchSampler:
             self.pass_number, self.position = self.pass_number + 1, 0
 
     def _length(self, pass_number: int) -> int:
-        if getattr(self, "_known", None) is None or self._known[0] != pass_number:
+        if self._known[0] != pass_number:
             self._known = (pass_number, len(self.batches_of_pass(pass_number)))
         return self._known[1]
 

@@ -22,7 +22,7 @@ from speechllm_prune.experiment import SCHEMA, read_json, sha256_json, write_jso
 from speechllm_prune.models.encoder import SpeechEncoder
 from speechllm_prune.runtime import raise_if_stopped
 
-_RAW = {
+_RAW: dict[torch.dtype, Any] = {
     torch.float32: np.dtype("<f4"),
     torch.bfloat16: np.dtype("<i2"),
     torch.float16: np.dtype("<f2"),

@@ -22,7 +22,7 @@ def encode_target(tokenizer: Any, text: str, text_case: str) -> list[int]:
 
 
 def encode_text(tokenizer: Any, text: str, text_case: str, eos: frozenset[int]) -> list[int]:
-    """Token ids of a sentence for text mode: begun as the tokenizer begins a text (Llama 3: bos), never ended by eos."""
+    """Token ids for text mode: begun as the tokenizer begins a text (Llama 3: bos), never ended by eos."""
     ids = list(tokenizer(apply_case(text, text_case)).input_ids)
     while ids and ids[-1] in eos:
         ids.pop()

@@ -9,7 +9,7 @@ spellings and contractions; it is applied to both sides.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -150,7 +150,7 @@ def _align(pairs: Sequence[tuple[list[str], list[str]]]) -> list[list[Piece]]:
     import jiwer
 
     spoken = [pair for pair in pairs if pair[0]]
-    chunks = iter(())
+    chunks: Iterator[list[jiwer.AlignmentChunk]] = iter(())
     if spoken:
         output = jiwer.process_words(
             [" ".join(ref) for ref, _ in spoken], [" ".join(hyp) for _, hyp in spoken]

@@ -145,8 +145,9 @@ def corpus_bleu(sums: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         precision = np.exp(np.mean(np.log(smoothed / totals), axis=-1))
         brevity = np.where(hyp_length < ref_length, np.exp(1.0 - ref_length / hyp_length), 1.0)
+        score = 100.0 * precision * brevity
     defined = (totals > 0).all(axis=-1) & (matches > 0).any(axis=-1) & (hyp_length > 0)
-    return np.where(defined, 100.0 * precision * brevity, 0.0)
+    return np.where(defined, score, 0.0)
 
 
 def corpus_score(sums: np.ndarray, metric: str) -> np.ndarray:

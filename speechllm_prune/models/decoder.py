@@ -138,8 +138,8 @@ def _as_list(value: Any) -> list[int]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def decoder_layers(decoder: Any) -> nn.ModuleList:
-    """The list of decoder layers of a causal LM."""
+def decoder_layers(decoder: Any) -> Any:
+    """The `ModuleList` of decoder layers of a causal LM."""
     return decoder.get_decoder().layers
 
 

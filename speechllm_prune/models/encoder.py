@@ -8,6 +8,8 @@ Shapes: B utterances, N samples at 16 kHz, T frames, D encoder width.
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from speechllm_prune.runtime import UserError
 
 SAMPLE_RATE = 16000
+
+# transformers' WavLM gives torch a boolean mask beside a float position bias; right, but torch warns at every start.
+warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
 
 
 class SpeechEncoder(nn.Module):
@@ -38,7 +43,7 @@ class SpeechEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, output_size: int, output_norm: str = "none") -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.output_size = output_size
         self.output_norm = output_norm
         self.requires_grad_(False)
@@ -139,7 +144,7 @@ class WaveEncoder(SpeechEncoder):
 
 
 class WhisperFeatures(SpeechEncoder):
-    """The encoder of a Whisper checkpoint: log-mel of each utterance alone, padded to the window, padding frames cut off.
+    """The encoder of a Whisper checkpoint: log-mel of each utterance alone, padded to the window, then cut.
 
     Arguments
     ---------
@@ -157,8 +162,8 @@ class WhisperFeatures(SpeechEncoder):
         self.max_samples = 2 * model.config.max_source_positions * extractor.hop_length
 
     def output_length(self, num_samples: int) -> int:
-        # A mel frame per hop, then one convolution of stride 2: ceil(ceil(samples / hop) / 2).
-        return -(-(-(-num_samples // self.extractor.hop_length)) // 2)
+        mel_frames = math.ceil(num_samples / self.extractor.hop_length)
+        return math.ceil(mel_frames / 2)  # one convolution of stride 2
 
     def encode(self, wavs: Tensor, lengths: list[int]) -> Tensor:
         assert self.max_samples is not None
@@ -255,8 +260,8 @@ class explain_hub_errors:
                 "the folder lacks files of a Hugging Face checkpoint"
                 if Path(self.hub).is_dir()
                 else (
-                    f"download it on a machine with internet by `hf download {self.hub}` (accept the licence on its page "
-                    f"first if it is gated) and copy the cache, or give a local folder: --{self.key} FOLDER"
+                    f"download it on a machine with internet by `hf download {self.hub}` (accept the licence on its "
+                    f"page first if it is gated) and copy the cache, or give a local folder: --{self.key} FOLDER"
                 )
             )
             raise UserError(f"{self.key}: cannot load {self.hub!r}: {where}. ({reason})") from None

@@ -3,9 +3,9 @@
 Shapes: B utterances, S speech positions, P prompt tokens, N target tokens, X = S + P + N decoder positions, H decoder
 width, V vocabulary.
 
-A row is laid out as [speech][prompt][target] without a hole and padded once, on the outside, with explicit position ids:
-what an utterance is batched with cannot change it. The end-of-sequence token is a label and never an input, so a row has
-S + P + N inputs and N + 1 labels, the first of which is predicted at the last prompt token.
+A row is laid out as [speech][prompt][target] without a hole and padded once, on the outside, with explicit position
+ids: what an utterance is batched with cannot change it. The end-of-sequence token is a label and never an input, so a
+row has S + P + N inputs and N + 1 labels, the first of which is predicted at the last prompt token.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ class SpeechLLM(nn.Module):
             batch_first=True,
             padding_side=padding_side,
         ).to(device)
-        index, position, labels = [], [], []
+        index: list[int] = []
+        position: list[int] = []
+        labels: list[int] = []
         if target_ids is not None:
             for i, target in enumerate(targets):
                 first = (

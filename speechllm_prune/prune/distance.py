@@ -23,8 +23,8 @@ from speechllm_prune.runtime import UserError, raise_if_stopped
 def angular_distance(a: Tensor, b: Tensor) -> Tensor:
     """Angle between vectors in units of pi.
 
-    Computed in float64 from the half-angle, 2 atan2(|a'-b'|, |a'+b'|) of the unit vectors: exact for small angles, where
-    arccos of a rounded cosine has no digits left, and never NaN from a cosine above 1.
+    Computed in float64 from the half-angle, 2 atan2(|a'-b'|, |a'+b'|) of the unit vectors: exact for small angles,
+    where arccos of a rounded cosine has no digits left, and never NaN from a cosine above 1.
 
     Arguments
     ---------

@@ -151,7 +151,8 @@ def remove_layers(decoder: Any, start_layer: int, block_size: int) -> list[int]:
 def _renumber(layers: nn.ModuleList) -> None:
     for index, layer in enumerate(layers):
         # Gemma 3 and others keep an index on the layer as well as on its attention.
-        for owner in (layer, getattr(layer, "self_attn", None)):
+        owners: list[Any] = [layer, getattr(layer, "self_attn", None)]
+        for owner in owners:
             if hasattr(owner, "layer_idx"):
                 owner.layer_idx = index
 

@@ -178,4 +178,5 @@ def _page_figure(figure: Any, stem: Path, caption: str) -> PageFigure:
     from speechllm_prune.reporting import figures
 
     files = figures.save_figure(figure, stem)
-    return PageFigure(figures.inline_svg(figure, stem.name, caption), caption, files)
+    svg = next(path for path in files if path.suffix == ".svg").read_text(encoding="utf-8")
+    return PageFigure(figures.inline_svg(svg, stem.name, caption), caption, files)

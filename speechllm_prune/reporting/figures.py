@@ -6,7 +6,7 @@ dark or light. Colours are from the Okabe-Ito set, and every series has its own 
 
 from __future__ import annotations
 
-import io
+import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from speechllm_prune.reporting.analysis import Result
 from speechllm_prune.reporting.collect import SHUFFLED, ExperimentData, Measurement
 
 INK = "#010203"
 """Colour of text and axes: on a page it becomes the page's own text colour."""
+GROUND = "#fefeff"
+"""Background: on a page it becomes transparent."""
 STYLE = {
     "none": ("#D55E00", "o"),
     "decoder": ("#E69F00", "s"),
@@ -35,6 +37,9 @@ LINES = ("-", "--", ":", "-.")
 RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "speechllm-prune",  # equal input, equal file
+    "figure.facecolor": GROUND,
+    "axes.facecolor": GROUND,
+    "savefig.facecolor": GROUND,
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -272,8 +277,7 @@ def _log_ticks(axis: Any) -> None:
     ticks = [0, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000]
     axis.set_yticks([tick for tick in ticks if bottom <= tick <= top])
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_locator(MaxNLocator(1))
-    axis.tick_params(axis="y", which="minor", length=0)
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _layer_axis(axis: Any, layer_counts: set[int]) -> None:
@@ -315,33 +319,32 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.parent / f"{stem.name}{suffix}" for suffix in (".png", ".svg")]
     with rc_context(RC):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once: it is most of the work of drawing
         figure.savefig(paths[0], dpi=150, metadata={"Software": None})
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an `<svg>` element that takes the text colour of its page and scales with its column.
+def inline_svg(svg: str, name: str, description: str) -> str:
+    """A saved figure as an `<svg>` element that takes the colours of its page and scales with its column.
 
     Arguments
     ---------
-    figure : Figure
-        Drawn with this module's colours.
+    svg : str
+        Text of an SVG file of `save_figure`.
     name : str
         Prefix of all ids in it, so that several figures fit in one page.
     description : str
         What a screen reader says.
     """
-    stream = io.StringIO()
-    with rc_context(RC):
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg).replace(INK, "currentColor")
+    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
+    svg = svg.replace(INK, "currentColor").replace(GROUND, "none")
     size = re.search(r'width="([\d.]+)pt" height="[\d.]+pt"', svg)
-    assert size is not None
-    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    if size is None:
+        raise ValueError(f"{name} is not an SVG figure of ours")
+    label = html.escape(description)
     style = f'role="img" aria-label="{label}" style="max-width: {float(size[1]) * 1.45:.0f}px"'
     return svg.replace(size[0], style, 1)

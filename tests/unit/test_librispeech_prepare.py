@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -305,25 +306,29 @@ def test_as_a_script_from_anywhere(
         "test-clean.csv",
     ]
     assert "4 utterances" in done.stdout
-    monkeypatch.setenv("PYTHONPATH", "")
     failed = run_verb(SCRIPT, "nowhere", "m", code=2)
     assert failed.stderr.startswith("error: no such folder") and "Traceback" not in failed.stderr
 
 
-def test_without_the_repository_on_the_path(
-    tiny_corpus: Path, tmp_path: Path, repo_root: Path
-) -> None:
-    import subprocess
-    import sys
-
+def test_without_the_repository_on_the_path(tmp_path: Path, repo_root: Path) -> None:
+    """A script's own folder is on the path, the repository is not: it must find its own package."""
+    code = (
+        f"import runpy, sys; runpy.run_path({str(repo_root / SCRIPT)!r});"
+        "import speechllm_prune; print(sys.path[0], speechllm_prune.__file__)"
+    )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, str(repo_root / SCRIPT), str(tiny_corpus), "m", "--splits", "dev-clean"],
+    done = subprocess.run(
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env=environment,
         check=True,
+        capture_output=True,
+        text=True,
     )
-    assert json.loads((tmp_path / "m" / "dev-clean.json").read_text())["counts"]["utterances"] == 4
+    assert done.stdout.split() == [
+        str(repo_root),
+        str(repo_root / "speechllm_prune" / "__init__.py"),
+    ]
 
 
 def test_main_in_process(corpus: Path, tmp_path: Path, capsys) -> None:

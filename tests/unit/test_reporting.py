@@ -1,0 +1,530 @@
+"""Reports from experiment folders written by the published schemas. All scores and distances here are made up."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import report
+from speechllm_prune.reporting import figures
+from speechllm_prune.reporting.analysis import (
+    analyse,
+    check_comparable,
+    choose_blocks,
+    compare_all_measurements,
+    compare_measurements,
+)
+from speechllm_prune.reporting.build import Report, build_report
+from speechllm_prune.reporting.collect import collect, find_experiments, read_train_log
+from speechllm_prune.reporting.page import fill
+from speechllm_prune.reporting.tables import points_table, table1, to_html, to_markdown
+from speechllm_prune.runtime import UserError
+from tests.unit import fake_results as fake
+
+CLEAN, OTHER, DEV = "librispeech-test-clean", "librispeech-test-other", "loquacious-dev"
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete experiment. Read only."""
+    return fake.write_experiment(tmp_path_factory.mktemp("complete") / "results" / "demo" / "1")
+
+
+@pytest.fixture(scope="module")
+def built(complete: Path) -> Report:
+    """The report of the complete experiment. Read only."""
+    return build_report([complete])
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A small experiment of the test's own."""
+    return fake.write_experiment(tmp_path / "results" / "small" / "1", (2, 4), num_utterances=40)
+
+
+def set_scores(seed_folder: Path, block: str, errors: dict[str, int], mode: str = "joint") -> None:
+    """Rewrite one block's points: total errors of 100 utterances (1,000 words) per split."""
+    for corpus, split in fake.SETS:
+        total = errors[split]
+        counts = [total // 100 + (index < total % 100) for index in range(100)]
+        fake.write_point(seed_folder, f"{block}-{mode}", corpus, split, counts)
+
+
+@pytest.fixture
+def graded(tmp_path: Path) -> Path:
+    """Three sets with 100 errors in 1,000 words unpruned, and a path of blocks; the points are the test's."""
+    seed_folder = tmp_path / "results" / "graded" / "1"
+    fake.write_measurement(seed_folder, "speech", fake.distance_matrix(12))
+    for corpus, split in fake.SETS:
+        fake.write_point(seed_folder, "full", corpus, split, [1] * 100)
+    return seed_folder
+
+
+def block_on_path(seed_folder: Path, n: int) -> str:
+    path = json.loads((seed_folder / "measure/speech/path.json").read_text())["path"]
+    return f"l{path[str(n)]:02d}n{n:02d}"
+
+
+def judged_table(seed_folder: Path, tolerance: float | None = None):
+    data = collect(seed_folder)
+    results = {str(data.folder): analyse(data, tolerance)}
+    return data, table1([data], results, "asr", tolerance), results
+
+
+# ----------------------------------------------------------------------------------------------- reading
+def test_everything_of_a_complete_folder_is_read(complete):
+    data = collect(complete)
+    assert len(data.points) == 3 * (1 + 4 * 4 + 1) + 1
+    assert data.eval_sets == [CLEAN, OTHER, DEV]
+    assert set(data.measurements) == {"speech", "text"}
+    assert data.incomplete == []
+    assert data.trained
+    assert not data.is_random_decoder
+    control = next(p for p in data.points if p.control)
+    assert (control.block_size, control.drop_percent, control.is_pruned) == (8, 0.0, False)
+    deepest = next(p for p in data.points if p.variant.endswith("n08-joint") and not p.control)
+    assert deepest.drop_percent == pytest.approx(100 * 8 / 12)
+
+
+def test_train_log_lines_are_parsed(tmp_path):
+    path = tmp_path / "train_log.txt"
+    path.write_text(
+        "step: 50, lr: 1.00e-03 - train loss: 1.23 - valid loss: 9.00e-01, valid wer: 4.20\n"
+        "Epoch loaded: 2 - test WER: nan text: /a/b:c\n\n"
+    )
+    first, second = read_train_log(path)
+    assert first == {
+        "step": 50,
+        "lr": 1e-3,
+        "train loss": 1.23,
+        "valid loss": 0.9,
+        "valid wer": 4.2,
+    }
+    assert second["Epoch loaded"] == 2
+    assert read_train_log(tmp_path / "none.txt") == []
+
+
+def test_half_written_and_missing_files_are_listed_and_the_rest_is_reported(small, capsys):
+    block = block_on_path(small, 4)
+    (small / "eval" / f"{block}-joint" / CLEAN / "metrics.json").write_text('{"schema": 1, "val')
+    (small / "eval" / f"{block}-none" / DEV / "metrics.json").unlink()
+    (small / "heal" / f"{block}-joint").mkdir(parents=True)
+    (small / "measure" / "text" / "distances.safetensors").write_bytes(b"half")
+    fake.write(small / "prune" / block / "plan.json", {"schema": 1})
+    data = collect(small)
+    text = "\n".join(data.incomplete)
+    assert f"eval/{block}-joint/{CLEAN}" in text and "not valid JSON" in text
+    assert f"eval/{block}-none/{DEV}" in text and "does not exist" in text
+    assert f"heal/{block}-joint: not finished" in text
+    assert "measure/text" in text and "measure.py" in text
+    assert f"prune/{block}: no 'start_layer' in it" in text
+    # n = 4 lacks a set, so it is tested but cannot be accepted.
+    choice = choose_blocks(data, analyse(data), 1e9)
+    assert (list(choice.tested), choice.largest) == ([2, 4], 2)
+    assert report.main([str(small)]) == 0
+    assert "incomplete: small (seed 1): heal/" in capsys.readouterr().err
+    page = (small / "report" / "report.html").read_text()
+    assert 'id="incomplete"' in page and f"heal/{block}-joint: not finished" in page
+
+
+def test_metrics_that_contradict_their_folder_are_listed(small):
+    block = block_on_path(small, 2)
+    path = small / "eval" / f"{block}-joint" / CLEAN / "metrics.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"start_layer": 0}))
+    assert "metrics.json says start layer 0" in "\n".join(collect(small).incomplete)
+    path.write_text(json.dumps(record | {"variant": "full"}))
+    assert "metrics.json is of variant full" in "\n".join(collect(small).incomplete)
+    path.write_text(json.dumps(record | {"value": None}))
+    assert "no value" in "\n".join(collect(small).incomplete)
+
+
+def test_a_score_that_its_utterances_do_not_give_has_no_interval(small):
+    path = small / "eval" / "full" / CLEAN / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"value": 77.0}))
+    full = next(r for r in analyse(collect(small)) if r.point.is_full and r.point.eval_set == CLEAN)
+    assert full.interval is None
+    assert "metrics.json 77.000" in full.remark
+
+
+def test_all_seeds_below_a_name_are_found_but_no_debug_run(tmp_path):
+    for seed in ("1", "2", "2-debug", "report"):
+        (tmp_path / "demo" / seed / "eval").mkdir(parents=True)
+    found = find_experiments([tmp_path / "demo", tmp_path / "demo" / "2"])
+    assert [folder.name for folder in found] == ["1", "2"]
+    assert [f.name for f in find_experiments([tmp_path / "demo" / "2-debug"])] == ["2-debug"]
+
+
+# --------------------------------------------------------------------------------------------- Table 1
+def test_paper_rule_takes_the_largest_passing_block_and_safe_the_unbroken_one(graded):
+    blocks = {n: block_on_path(graded, n) for n in (2, 4, 6, 8)}
+    same = {"test-clean": 100, "test-other": 100, "dev": 100}
+    set_scores(graded, blocks[2], same)
+    set_scores(graded, blocks[4], same | {"dev": 126})  # one set is enough to fail
+    set_scores(graded, blocks[6], same | {"dev": 125})  # on the bound: accepted
+    set_scores(graded, blocks[8], same | {"test-other": 126})
+    data, table, _ = judged_table(graded)
+    rows = {row[0]: row for row in table.rows}
+    assert rows["+ Pruning"][1:3] == ["50.0", "n=6: layers 4-9"]
+    assert rows["+ Pruning"][5] == "12.50 (+25.0 %)"
+    assert rows["+ Pruning, safe"][1:3] == ["16.7", "n=2: layers 9-10"]
+    largest = [record for record in table.records if record["row"] == "largest"]
+    assert {record["eval_set"] for record in largest} == {CLEAN, OTHER, DEV}
+    assert {(r["largest_n"], r["safe_n"], r["tested_n"]) for r in largest} == {(6, 2, "2 4 6 8")}
+    assert data.label == "graded (seed 1)"
+
+
+def test_a_tolerance_of_the_command_line_moves_the_choice(graded):
+    same = {"test-clean": 100, "test-other": 100, "dev": 100}
+    set_scores(graded, block_on_path(graded, 2), same | {"dev": 104})
+    set_scores(graded, block_on_path(graded, 4), same | {"dev": 120})
+    assert judged_table(graded, 0.05)[1].rows[1][2].startswith("n=2")
+    assert judged_table(graded, 0.25)[1].rows[1][2].startswith("n=4")
+    assert judged_table(graded, 0.01)[1].rows[1][1] == "none within tolerance"
+
+
+def test_only_blocks_on_the_own_path_and_the_asked_healing_count(graded):
+    same = {"test-clean": 100, "test-other": 100, "dev": 100}
+    set_scores(graded, "l00n04", same)  # another path's block
+    set_scores(graded, block_on_path(graded, 4), same, mode="none")
+    set_scores(graded, f"{block_on_path(graded, 2)}", same, mode="joint+kl")
+    table = judged_table(graded)[1]
+    assert table.rows[1][:2] == ["+ Pruning", "not tested"]
+    plan = {"start_layer": 0, "block_size": 4, "path_sources": ["own"]}
+    fake.write(graded / "prune" / "l00n04" / "plan.json", plan)
+    assert judged_table(graded)[1].rows[1][2] == "n=4: layers 0-3"
+
+
+def test_a_set_without_the_unpruned_model_reads_not_measured(graded):
+    block = block_on_path(graded, 2)
+    set_scores(graded, block, {"test-clean": 100, "test-other": 100, "dev": 100})
+    (graded / "eval" / f"{block}-joint" / DEV / "metrics.json").unlink()
+    data, table, _ = judged_table(graded)
+    assert table.rows[1][1] == "none within tolerance"  # not accepted without all sets
+    for folder in (graded / "eval" / "full").iterdir():
+        (folder / "metrics.json").unlink()
+    table = judged_table(graded)[1]
+    assert table.rows[0][3:5] == ["not measured", "not measured"]
+    assert any("unpruned model was not evaluated" in remark for remark in table.remarks)
+
+
+def test_the_control_stands_beside_and_is_never_chosen(complete):
+    table = judged_table(complete)[1]
+    control = next(row for row in table.rows if row[0].startswith("control"))
+    assert control[1:3] == ["–", "–"]
+    assert {r["drop_percent"] for r in table.records if r["row"] == "control"} == {0.0}
+
+
+def test_bleu_is_judged_downwards_with_its_own_tolerance(tmp_path):
+    seed_folder = tmp_path / "results" / "ast" / "1"
+    fake.write_measurement(seed_folder, "speech", fake.distance_matrix(12))
+    refs = [f"the dog number {index} runs over the green hill today" for index in range(30)]
+    block = block_on_path(seed_folder, 2)
+    for variant, changed in (("full", 0), (f"{block}-joint", 4)):
+        hyps = [ref.replace("green", "red") if i < changed else ref for i, ref in enumerate(refs)]
+        from sacrebleu.metrics import BLEU
+
+        bleu = BLEU()
+        value = bleu.corpus_score(hyps, [refs]).score
+        folder = fake.write_point(
+            seed_folder,
+            variant,
+            "covost2_en_de_standard",
+            "test",
+            [0] * 30,
+            task="ast",
+            metric="bleu",
+            value=value,
+            signature=str(bleu.get_signature()),
+        )
+        rows = [
+            {"id": str(i), "ref": r, "hyp": h}
+            for i, (r, h) in enumerate(zip(refs, hyps, strict=True))
+        ]
+        (folder / "hyps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = collect(seed_folder)
+    results = analyse(data)
+    pruned = next(result for result in results if result.point.is_pruned)
+    assert 0 < pruned.degradation < 0.10
+    assert pruned.degradation_interval.low <= pruned.degradation <= pruned.degradation_interval.high
+    assert pruned.interval.high <= 100.0
+    table = table1([data], {str(data.folder): results}, "ast")
+    assert table.title.startswith("Table 1: BLEU") and table.rows[1][2].startswith("n=2")
+    made = build_report([seed_folder])
+    assert (made.folder / "pruning_curve_covost2_en_de_standard-test.png").is_file()
+
+
+def test_points_table_pairs_healed_with_unhealed(complete):
+    data = collect(complete)
+    table, ordered = points_table([data], {str(data.folder): analyse(data)})
+    assert len(table.rows) == len(data.points) == len(ordered)
+    found = {(r["variant"], r["eval_set"]): r for r in table.records}
+    block = block_on_path(complete, 8)
+    joint, none = found[f"{block}-joint", OTHER], found[f"{block}-none", OTHER]
+    assert joint["minus_unhealed"] == pytest.approx(joint["value"] - none["value"])
+    assert (
+        joint["minus_unhealed_high"] < 0
+    )  # the made-up joint errors are a subset of those of none
+    assert none["minus_unhealed"] is None
+    assert none["verdict"] == "exceeds"
+    assert found["full", OTHER]["relative_degradation"] is None
+
+
+# ---------------------------------------------------------------------------------- what must not be mixed
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"num_utterances": 41}, "num_utterances"),
+        ({"reference_words": 7}, "reference_words"),
+        ({"text_normaliser": "none"}, "text_normaliser"),
+        ({"inputs": {"manifests/librispeech/test-clean.csv": "e" * 64}}, "the manifest of"),
+        ({"num_layers": 13}, "13"),
+    ],
+)
+def test_other_data_or_scoring_under_one_name_is_refused(small, capsys, changes, what):
+    path = small / "eval" / f"{block_on_path(small, 2)}-joint" / CLEAN / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=re.escape(what)):
+        check_comparable([collect(small)])
+    assert report.main([str(small)]) == 2
+    assert str(path.parent) in capsys.readouterr().err
+
+
+def test_unequal_last_token_rules_are_not_compared(complete, tmp_path):
+    fake.write_measurement(tmp_path, "text", fake.distance_matrix(12), last_token="prompt")
+    speech = collect(complete).measurements["speech"]
+    text = collect(tmp_path).measurements["text"]
+    found = compare_measurements(speech, text, "speech", "text")
+    assert found.spearman is None
+    assert found.refused == "last_token is sequence and prompt: not comparable"
+
+
+def test_measurements_are_compared_beside_a_random_decoder(complete, tmp_path):
+    random = fake.write_random_decoder(tmp_path / "results" / "demo_random" / "1")
+    comparisons = compare_all_measurements([collect(complete), collect(random)])
+    trained = [c for c in comparisons if not c.random_decoder]
+    others = [c for c in comparisons if c.random_decoder]
+    assert [(c.first, c.second) for c in trained] == [
+        ("demo (seed 1) speech", "demo (seed 1) text")
+    ]
+    assert len(others) == 5
+    assert trained[0].spearman > 0.9 > 0.5 > max(c.spearman for c in others)
+
+
+# ---------------------------------------------------------------------------------------------- the verb
+class Page(html.parser.HTMLParser):
+    """Collects what a test needs of a page: ids, links and what would be fetched; and that tags nest."""
+
+    VOID = {"meta", "input", "br", "img", "link", "hr"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if "id" in values:
+            self.ids.append(values["id"] or "")
+        if tag == "a":
+            self.links.append(values["href"] or "")
+        elif tag in ("img", "script", "link", "image", "iframe"):
+            self.fetched += [values[k] or "" for k in ("src", "href", "xlink:href") if k in values]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+
+def test_report_writes_everything(built, complete):
+    folder = complete / "report"
+    assert built.folder == folder
+    assert built.table1 == (folder / "table1.md").read_text()
+    assert "| + Pruning | 66.7 |" in built.table1
+    names = {path.name for path in folder.iterdir()}
+    expected = {"table1.md", "table1.csv", "points.md", "points.csv", "matrices.md", "report.html"}
+    expected |= {"heatmap_speech_text.png", "heatmap_speech_text.svg", "training_curve.png"}
+    expected |= {f"pruning_curve_{n}.{s}" for n in (CLEAN, OTHER, DEV) for s in ("png", "svg")}
+    assert expected <= names
+    for name in ("table1.md", "points.md", "matrices.md", "report.html"):
+        assert fake.NOTE in (folder / name).read_text(), name
+    for name in ("table1.csv", "points.csv"):
+        with open(folder / name, newline="") as stream:
+            assert {row["note"] for row in csv.DictReader(stream)} == {fake.NOTE}
+    assert all((folder / name).stat().st_size > 5000 for name in names if name.endswith(".png"))
+
+
+def test_page_is_self_contained_and_its_links_lead_somewhere(built):
+    made = built
+    text = made.page.read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert all(url.startswith("data:") for url in page.fetched)
+    assert "@import" not in text and "url(http" not in text
+    local = [link for link in page.links if not link.startswith("#")]
+    assert len(local) > 2 * 55
+    assert all((made.folder / link).is_file() for link in local)
+    assert all(link[1:] in page.ids for link in page.links if link.startswith("#"))
+    for section in ("table-1", "curves", "heatmaps", "text-and-speech", "sanity", "points"):
+        assert f'id="{section}"' in text
+    assert 'id="incomplete"' not in text  # nothing is
+    assert figures.INK not in text and figures.GROUND not in text  # figures take the page's colours
+    assert "another utterance" in text and "config hash" in text
+
+
+def test_reports_of_equal_files_are_equal(small):
+    def everything() -> dict[str, bytes]:
+        folder = build_report([small]).folder
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    assert everything() == everything()
+
+
+def test_what_a_folder_says_cannot_break_the_page(tmp_path):
+    seed_folder = tmp_path / "results" / "a<b>&c" / "1"
+    evil = '<script>alert("x")</script>'
+    fake.write_point(seed_folder, "full", "librispeech", "test-clean", [1, 0, 2], note=evil)
+    fake.write_measurement(seed_folder, "speech", fake.distance_matrix(4), decoder_hub=evil)
+    text = build_report([seed_folder]).page.read_text()
+    assert evil not in text and "&lt;script&gt;" in text
+    assert Page(text).open == []
+
+
+def test_several_experiments_share_a_folder_and_are_compared(small):
+    fake.write_experiment(small.parent / "2", (2, 4), num_utterances=40)
+    made = build_report([small.parent], compare=True)
+    assert made.folder == (small.parent.parent / "report").resolve()
+    text = (made.folder / "compared.md").read_text()
+    assert "small (seed 2)" in text
+    with open(made.folder / "compared.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 3 * (1 + 2 * 4 + 1)
+    assert {float(row["difference"]) for row in rows} == {0.0}  # equal made-up scores
+
+
+def test_a_measured_only_experiment_does_not_move_the_report(small, capsys):
+    random = fake.write_random_decoder(small.parent.parent / "small_random" / "1")
+    assert report.main([str(random), str(small.parent)]) == 0  # in whatever order
+    folder = small / "report"
+    printed = capsys.readouterr().out
+    assert "| + Pruning |" in printed and printed.rstrip().endswith(str(folder / "report.html"))
+    assert (folder / "heatmap_small_random_1_speech_text.png").is_file()
+    assert "random weights" in (folder / "report.html").read_text()
+    assert not (small.parent.parent / "report").exists()
+
+
+def test_a_measured_only_experiment_alone_has_a_report(tmp_path):
+    random = fake.write_random_decoder(tmp_path / "results" / "demo_random" / "1")
+    made = build_report([random])
+    assert made.folder == random / "report"
+    assert made.table1 == ""
+    assert not (made.folder / "table1.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no experiment folder given"),
+        (["--json"], "--json goes with --paper"),
+        (["nowhere"], "python train.py"),
+        (["EMPTY"], "holds no experiment"),
+        (["STARTED"], "python evaluate.py"),
+        (["SMALL", "--tolerance", "-1"], "--tolerance"),
+        (["SMALL", "--tolerance", "nan"], "--tolerance"),
+        (["SMALL", "--compare"], "at least two"),
+        (["SMALL", "--paper"], "takes no experiment folder"),
+    ],
+)
+def test_mistakes_are_told_in_one_message(small, tmp_path, capsys, arguments, says):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "started" / "train").mkdir(parents=True)
+    places = {"EMPTY": tmp_path / "empty", "STARTED": tmp_path / "started", "SMALL": small}
+    assert report.main([str(places.get(a, a)) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error
+
+
+def test_a_report_never_imports_torch(small, repo_root):
+    code = (
+        "import sys, report; code = report.main([sys.argv[1]]); "
+        "heavy = {'torch', 'transformers', 'speechbrain'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(small)], cwd=repo_root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# -------------------------------------------------------------------------------------- tables and figures
+def test_markdown_and_html_keep_odd_characters(complete):
+    table = judged_table(complete)[1]
+    table.rows = [["a|b <i>", *table.rows[0][1:]]]
+    assert "a\\|b <i>" in to_markdown(table)
+    assert "a|b &lt;i&gt;" in to_html(table)
+
+
+def test_template_and_values_must_match():
+    with pytest.raises(KeyError):
+        fill("{{ missing }}", {})
+    with pytest.raises(ValueError, match="extra"):
+        fill("text", {"extra": "1"})
+
+
+def test_heatmap_draws_the_path_where_the_matrix_has_it(complete):
+    measurement = collect(complete).measurements["speech"]
+    figure = figures.heatmap_figure([figures.panel_of(measurement)])
+    axis = figure.axes[0]
+    path = axis.lines[-1]
+    assert dict(zip(path.get_ydata(), path.get_xdata(), strict=True)) == measurement.path
+    image = axis.images[0]
+    left, right, bottom, top = image.get_extent()
+    assert image.origin == "lower" and (left, right, bottom, top) == (-0.5, 11.5, 0.5, 12.5)
+    # The cell under (l, n) is row n - 1, column l.
+    assert np.array_equal(image.get_array().filled(np.nan), measurement.matrix, equal_nan=True)
+
+
+def test_two_panels_share_one_scale(complete):
+    panels = [figures.panel_of(m) for m in collect(complete).measurements.values()]
+    limits = {axis.images[0].get_clim() for axis in figures.heatmap_figure(panels).axes[:2]}
+    values = np.concatenate([panel.matrix.ravel() for panel in panels])
+    assert limits == {(np.nanmin(values), np.nanmax(values))}
+
+
+def test_pruning_curve_has_a_line_per_heal_mode_with_its_scores(complete):
+    data = collect(complete)
+    results = {str(data.folder): analyse(data)}
+    axis = figures.pruning_curve([data], results, OTHER, 0.25).axes[0]
+    drawn = {container.get_label(): container for container in axis.containers}
+    modes = {"no healing", "decoder healing", "projector healing", "joint healing"}
+    assert set(drawn) == modes | {"unpruned", "control: nothing removed, joint healing as for n=8"}
+    expected = [
+        r.point.value
+        for r in results[str(data.folder)]
+        if r.point.eval_set == OTHER and r.point.is_pruned and r.point.heal_mode == "joint"
+    ]
+    assert drawn["joint healing"].lines[0].get_ydata().tolist() == expected
+    assert "shuffled" not in " ".join(drawn)
+
+
+def test_no_training_log_no_training_curve(graded):
+    assert figures.training_curve(collect(graded)) is None
