@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int | None:
     run = open_run("sweep", __doc__ or "", argv)
     if run is None:
         return None
-    from speechllm_prune.stages import decoder_depth
+    from speechllm_prune.stages import choose_start_layer, decoder_depth
     from speechllm_prune.sweep import plan_points, run_sweep, shard_of
     from speechllm_prune.workbench import Workbench
 
@@ -31,6 +31,9 @@ def main(argv: list[str]) -> int | None:
         hparams["block_sizes"], hparams["heal_modes"], decoder_depth(bench), hparams["control"]
     )
     mine = shard_of(points, hparams["shard"])
+    if hparams["start_layer"] < 0:  # a path that does not exist is no fault of single points
+        for size in {point.block_size for point in mine}:
+            choose_start_layer(bench, size, hparams["path"], decoder_depth(bench))
     if run.flags.dry_run:
         for point in mine:
             print(

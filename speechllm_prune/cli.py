@@ -6,6 +6,7 @@ Our own argparse and not SpeechBrain's, which eats a '=' inside a value and acce
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def open_run(
     text = resolve_hparams(options.leaf, pairs, options.allow_module)
     where = _locate(text, options.leaf, options.debug)
     archive = where.archive()
-    if archive.is_file():
+    if archive.is_file() and where.holds_training():
         leaf_text = resolve_hparams(options.leaf, None, options.allow_module)
         archived = identity(archive.read_text(encoding="utf-8"))
         _compare(
@@ -216,6 +217,11 @@ def _take_run_options(pairs: dict[str, Any], leaf: Path) -> dict[str, Any]:
 
 def _locate(text: str, leaf: str, debug: bool) -> Experiment:
     values = YAML().load(text)
+    name = str(values["experiment_name"])
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(
+            f"{leaf}: experiment_name {name!r} becomes a folder's name: use letters, digits, '_', '.', '+' and '-'"
+        )
     return Experiment(
         str(values["results_folder"]), str(values["experiment_name"]), int(values["seed"]), debug
     )

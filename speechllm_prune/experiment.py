@@ -168,6 +168,11 @@ class Experiment:
         """The training stage's archived YAML, the authority on what this experiment is."""
         return self.stage("train") / "hyperparams.yaml"
 
+    def holds_training(self) -> bool:
+        """Whether training has saved anything yet: until then its archive binds nobody."""
+        saved = (self.stage("train") / "save").glob("CKPT+*")
+        return self.is_done("train") or any(saved)
+
     def is_done(self, stage: str) -> bool:
         """Whether a stage is complete (its DONE.json exists)."""
         return (self.stage(stage) / "DONE.json").is_file()
@@ -205,11 +210,34 @@ class Experiment:
                     f"{folder} was made with another configuration (config hash {done.get('config_hash', '?')[:12]}, "
                     f"now {config_hash[:12]}); use --overwrite to make it again, or another experiment_name or --tag"
                 )
+            self.check_inputs(folder / "DONE.json", done)
             print(f"{folder} is already done; --overwrite makes it again")
             return False
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "STOPPED.json").unlink(missing_ok=True)
         return True
+
+    def check_inputs(self, file: Path, record: dict[str, Any]) -> None:
+        """Refuse a finished result whose inputs have changed since (a retrained model, another manifest).
+
+        A plan does not count: it changes when another path chooses the same block, which shares the block's results.
+
+        Raises
+        ------
+        UserError
+            Naming the inputs that differ.
+        """
+        changed = [
+            name
+            for name, digest in record.get("inputs", {}).items()
+            if Path(name).name != "plan.json"
+            and (self.root / name).is_file()
+            and sha256_file(self.root / name) != digest
+        ]
+        if changed:
+            raise UserError(
+                f"{file} was made from other inputs: {', '.join(changed)} changed since; --overwrite makes it again"
+            )
 
     def finish(
         self, stage: str, config_hash: str, inputs: Iterable[Path] = (), **facts: Any
@@ -242,6 +270,11 @@ class Variant:
     control : bool
         Nothing is removed, but the same healing is done.
 
+    Raises
+    ------
+    UserError
+        If the tag cannot be part of a folder's name.
+
     Example
     -------
     >>> Variant.parse("control-l18n08-joint+kl")
@@ -255,6 +288,12 @@ class Variant:
     heal_mode: str = "none"
     tag: str = ""
     control: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]*", self.tag):
+            raise UserError(
+                f"tag {self.tag!r} becomes part of a folder's name: use letters, digits, '_', '.' and '-'"
+            )
 
     @property
     def name(self) -> str:

@@ -226,6 +226,7 @@ def load_export(folder: str | Path, device: str | None = None) -> SpeechLLM:
     from speechllm_prune.models.decoder import load_decoder
     from speechllm_prune.models.encoder import load_encoder
     from speechllm_prune.models.projector import Projector
+    from speechllm_prune.restore import choose_device
 
     folder = Path(folder)
     if not (folder / "speechllm.json").is_file():
@@ -233,7 +234,7 @@ def load_export(folder: str | Path, device: str | None = None) -> SpeechLLM:
             f"{folder} is not an export folder (no speechllm.json); make one with prune.py or heal.py --export"
         )
     card = read_json(folder / "speechllm.json")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     source = card["encoder"]
     hub = str(folder / source["folder"]) if source.get("folder") else source["hub"]

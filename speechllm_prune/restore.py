@@ -67,7 +67,15 @@ class HealState:
 
 def choose_device(name: str | None) -> str:
     """The device asked for, else a GPU if there is one."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise UserError(f"device {name!r} is none; give cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} was asked for, but torch finds no GPU here; give cpu")
+    return name
 
 
 def frozen_dtype(precision: str, device: str) -> torch.dtype:

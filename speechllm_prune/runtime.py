@@ -55,6 +55,8 @@ def verb(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
+        except SystemExit as leave:  # argparse: --help is 0, a wrong command line 2
+            return leave.code if isinstance(leave.code, int) else DONE
         except (Stopped, KeyboardInterrupt) as reason:
             print(
                 f"stopped: {reason or 'interrupted'}; run the same command again to resume",

@@ -43,6 +43,7 @@ def measure(bench: Workbench) -> Path:
     """Measure angular distances and write distances.safetensors, path.json and heatmap.png."""
     hparams = bench.hparams
     text_mode = hparams["measure_input"] == "text"
+    sentences = _sentences(bench) if text_mode else []
     config_hash = _text_hash(bench) if text_mode else bench.run.config_hash("measure")
     if text_mode and hparams["last_token"] != "sequence":
         raise UserError(
@@ -55,10 +56,12 @@ def measure(bench: Workbench) -> Path:
     if not bench.begin(stage, config_hash):
         return folder
     bench.seed("measure")
-    distances = _measure_text(bench) if text_mode else _measure_speech(bench)
+    distances = _measure_text(bench, sentences) if text_mode else _measure_speech(bench)
     if if_main_process():
         inputs = [Path(hparams["text_file"])] if text_mode and hparams["text_file"] else []
         inputs += [bench.manifest(hparams["measure_manifest"])] if not inputs else []
+        if not text_mode or hparams["decoder_lora_rank"]:
+            inputs.append(bench.experiment.stage("train") / "DONE.json")
         _write_measure(bench, folder, distances, config_hash, inputs)
         bench.experiment.finish(stage, config_hash, inputs)
     ddp_barrier()
@@ -88,7 +91,7 @@ def _measure_speech(bench: Workbench) -> Distances:
         return measure_distances(bench.model.decoder, batches())
 
 
-def _measure_text(bench: Workbench) -> Distances:
+def _measure_text(bench: Workbench, sentences: list[str]) -> Distances:
     hparams = bench.hparams
     if hparams["decoder_lora_rank"]:
         decoder, tokenizer = bench.model.decoder, bench.model.tokenizer
@@ -98,9 +101,7 @@ def _measure_text(bench: Workbench) -> Distances:
         )
         decoder.to(bench.device)
     ids = resolve_token_ids(decoder, tokenizer)
-    sequences = [
-        encode_text(tokenizer, text, hparams["text_case"], ids.stop) for text in _sentences(bench)
-    ]
+    sequences = [encode_text(tokenizer, text, hparams["text_case"], ids.stop) for text in sentences]
     mine = sequences[bench.rank :: bench.world_size]
     batches = text_batches(mine, hparams["measure_batch_size"], ids.pad, bench.device)
     return measure_distances(decoder, bench.progress(batches, "measuring"))
@@ -134,10 +135,11 @@ def _write_measure(
     )
     path = pruning_path(matrix)
     hparams = bench.hparams
+    text_file = hparams["text_file"] if hparams["measure_input"] == "text" else ""
     facts = {
         "measure_input": hparams["measure_input"],
-        "measure_manifest": hparams["measure_manifest"] if not hparams["text_file"] else None,
-        "text_file": hparams["text_file"] or None,
+        "measure_manifest": None if text_file else hparams["measure_manifest"],
+        "text_file": text_file or None,
         "last_token": hparams["last_token"],
         "num_layers": len(matrix),
         "count": distances.count,
@@ -268,9 +270,11 @@ def evaluate(bench: Workbench, variant_name: str, must_exist: bool = True) -> No
     variant = Variant.parse(variant_name)
     keys = [key for key in bench.hparams["eval_manifests"] if _is_evaluable(bench, key, must_exist)]
     shuffled = bench.hparams["shuffle_audio"]
+    if variant.start_layer is None and variant.tag:
+        raise UserError(f"{variant_name!r} is no variant to decode; give --shuffle_audio or full")
     if shuffled and variant_name != "full":
         raise UserError("shuffle_audio checks the full model; leave --variant out")
-    name = "full+shuffled_audio" if shuffled else variant_name
+    name = "full+shuffled_audio" if shuffled else variant.name
     todo = [key for key in keys if bench.on_main(_needs_scoring, bench, name, key)]
     if not todo:
         return
@@ -304,10 +308,12 @@ def _needs_scoring(bench: Workbench, name: str, key: str) -> bool:
     file = _eval_folder(bench, name, key) / "metrics.json"
     if not file.is_file() or bench.run.flags.overwrite:
         return True
-    if read_json(file)["config_hash"] != bench.run.config_hash("evaluate"):
+    record = read_json(file)
+    if record["config_hash"] != bench.run.config_hash("evaluate"):
         raise UserError(
             f"{file} was made with another configuration; use --overwrite to make it again"
         )
+    bench.experiment.check_inputs(file, record)
     print(f"{file.parent} is already done; --overwrite makes it again")
     return False
 

@@ -16,7 +16,7 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from speechllm_prune.brain import SpeechLLMBrain
 from speechllm_prune.checkpoint import AtomicCheckpointer
 from speechllm_prune.data.batching import EndlessBatchSampler, sorted_batches
-from speechllm_prune.data.manifest import Row
+from speechllm_prune.data.manifest import Row, read_summary
 from speechllm_prune.data.pipeline import Utterances, filter_training_rows
 from speechllm_prune.data.prompt import encode_target
 from speechllm_prune.experiment import Variant, write_json, write_text
@@ -44,6 +44,8 @@ def train(bench: Workbench) -> None:
     bench.prepare()
     if not bench.begin("train", config_hash):
         return
+    for key in (*bench.hparams["train_manifests"], bench.hparams["valid_manifest"]):
+        read_summary(bench.manifest(key))  # complain before the models are loaded
     bench.on_main(_archive, bench)
     model = build_model(bench.hparams, bench.device)
     bench.adopt(model)
@@ -62,9 +64,13 @@ def heal(bench: Workbench, plan: PrunePlan, mode: str, tag: str = "") -> str:
     hparams = bench.hparams
     variant = Variant(plan.start_layer, plan.block_size, mode, tag, plan.control)
     stage, config_hash = f"heal/{variant.name}", bench.run.config_hash("heal")
-    model = bench.model
+    if mode != "projector" and plan.receiving_layer is None:
+        raise UserError(
+            f"block {plan.name} reaches the last layer: there is no receiving layer to heal"
+        )
     if not bench.begin(stage, config_hash):
         return variant.name
+    model = bench.model
     lora = LoraSettings(
         hparams["heal_lora_rank"], hparams["heal_lora_alpha"], hparams["heal_lora_dropout"]
     )
@@ -155,30 +161,41 @@ def fit(
         set_trainable(model, [])
         model.eval()
     if if_main_process():
-        metric = TASKS[hparams["task"]].metric
-        key = f"valid_{metric}"
-        best = brain.checkpointer.find_checkpoint(
-            **{"max_key" if metric == "bleu" else "min_key": key}
-        )
-        manifests = [
-            bench.manifest(name)
-            for name in (*hparams["train_manifests"], hparams["valid_manifest"])
-        ]
-        bench.experiment.finish(
-            stage,
-            config_hash,
-            manifests,
-            checkpoint=f"save/{best.path.name}",
-            **{key: best.meta[key]},
-            optimizer_step=best.meta["optimizer_step"],
-            num_steps=num_steps,
-            num_trainable=sum(
-                p.numel() for name, p in model.named_parameters() if name in set(names)
-            ),
-            trainable=names,
-            **facts,
-        )
+        _finish(bench, brain, stage, names, config_hash, num_steps=num_steps, **facts)
     ddp_barrier()
+
+
+def _finish(
+    bench: Workbench,
+    brain: SpeechLLMBrain,
+    stage: str,
+    names: list[str],
+    config_hash: str,
+    **facts: Any,
+) -> None:
+    hparams = bench.hparams
+    inputs = [
+        bench.manifest(key) for key in (*hparams["train_manifests"], hparams["valid_manifest"])
+    ]
+    if stage != "train":
+        inputs.append(bench.experiment.stage("train") / "DONE.json")
+    task = TASKS[hparams["task"]]
+    key = f"valid_{task.metric}"
+    best = brain.checkpointer.find_checkpoint(
+        **{"max_key" if task.higher_is_better else "min_key": key}
+    )
+    parameters = dict(brain.model.named_parameters())
+    bench.experiment.finish(
+        stage,
+        config_hash,
+        inputs,
+        checkpoint=f"save/{best.path.name}",
+        **{key: best.meta[key]},
+        optimizer_step=best.meta["optimizer_step"],
+        num_trainable=sum(parameters[name].numel() for name in names),
+        trainable=names,
+        **facts,
+    )
 
 
 def training_utterances(bench: Workbench) -> Utterances:
@@ -186,10 +203,11 @@ def training_utterances(bench: Workbench) -> Utterances:
     hparams, model = bench.hparams, bench.model
     parts: list[Utterances] = []
     for key in hparams["train_manifests"]:
-        if (key, False) not in bench._utterances:
+        name = f"{key}, filtered"  # the same split may be measured or evaluated, whole
+        if (name, False) not in bench._utterances:
             kept = _filtered(bench, key, model)
-            bench._utterances[key, False] = bench.make_utterances(key, kept)
-        parts.append(bench._utterances[key, False])
+            bench._utterances[name, False] = bench.make_utterances(key, kept)
+        parts.append(bench._utterances[name, False])
     return parts[0] if len(parts) == 1 else _joined(parts)
 
 
@@ -227,7 +245,7 @@ def validation_utterances(bench: Workbench) -> Utterances:
 def _archive(bench: Workbench) -> None:
     """hyperparams.yaml, the authority on this experiment, and what the leaf alone said (to notice later changes)."""
     run, folder = bench.run, bench.experiment.stage("train")
-    if (folder / "hyperparams.yaml").is_file():
+    if (folder / "hyperparams.yaml").is_file() and bench.experiment.holds_training():
         return  # a resumed run keeps its archive
     leaf = identity(resolve_hparams(run.leaf, None, run.flags.allow_module))
     write_json(folder / "leaf.json", {"leaf": run.leaf, "values": leaf})

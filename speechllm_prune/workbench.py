@@ -188,6 +188,7 @@ class Workbench:
 
         A split that only evaluation needs and that the corpus lacks is a warning here.
         """
+        self._check_manifest_keys()
         if self.hparams["skip_prep"]:
             return
         corpus = self.hparams["train_manifests"][0].split("/")[0]
@@ -211,6 +212,18 @@ class Workbench:
                 self.on_main(prepare, self.hparams["data_folder"], folder, [split], **options)
             except UserError as error:
                 print(f"warning: {corpus}/{split} cannot be evaluated: {error}", file=sys.stderr)
+
+    def _check_manifest_keys(self) -> None:
+        """Refuse a wrong key before hours of training, not after."""
+        if not self.hparams["train_manifests"]:
+            raise UserError(
+                "train_manifests is empty; name at least one, such as librispeech/train-clean-100"
+            )
+        for name in ("train_manifests", "eval_manifests"):
+            for key in self.hparams[name]:
+                self.manifest(key)
+        for name in ("valid_manifest", "measure_manifest"):
+            self.manifest(self.hparams[name])
 
 
 def next_audio(rows: list[Row]) -> dict[str, str]:

@@ -16,7 +16,8 @@ from speechllm_prune.models.decoder import decoder_layers
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-TRAIN_ADAPTER, HEAL_ADAPTER = "train", "heal"
+# peft keeps adapters in a ModuleDict, where no name may be that of a method, such as "train".
+TRAIN_ADAPTER, HEAL_ADAPTER = "stage1", "heal"
 
 
 @dataclass(frozen=True)

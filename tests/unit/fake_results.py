@@ -147,6 +147,7 @@ def write_experiment(
     sizes: tuple[int, ...] = (2, 4, 6, 8),
     num_utterances: int = 120,
     num_layers: int = 12,
+    sets: tuple[tuple[str, str], ...] = SETS,
 ) -> Path:
     """A complete experiment: training log, two measurements, points of all heal modes, control, sanity check."""
     log = [
@@ -161,7 +162,7 @@ def write_experiment(
     write_measurement(seed_folder, "speech", matrix)
     write_measurement(seed_folder, "text", distance_matrix(num_layers, noise=0.02, seed=1))
     path = json.loads((seed_folder / "measure/speech/path.json").read_text())["path"]
-    for index, (corpus, split) in enumerate(SETS):
+    for index, (corpus, split) in enumerate(sets):
 
         def point(variant: str, factor: float, corpus=corpus, split=split, index=index) -> None:
             errors = draw_errors(min(0.9, BASE_RATE[split] * factor), num_utterances, seed=index)
@@ -174,7 +175,7 @@ def write_experiment(
         last = sizes[-1]
         point(f"control-l{path[str(last)]:02d}n{last:02d}-joint", 0.95)
     write_point(
-        seed_folder, "full+shuffled_audio", *SETS[0], draw_errors(0.85, num_utterances, seed=9)
+        seed_folder, "full+shuffled_audio", *sets[0], draw_errors(0.85, num_utterances, seed=9)
     )
     return seed_folder
 
