@@ -12,11 +12,7 @@ from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import (
-    ddp_all_reduce,
-    if_main_process,
-    is_distributed_initialized,
-)
+from speechbrain.utils.distributed import ddp_all_reduce, is_distributed_initialized
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -91,7 +87,7 @@ class Counters:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """From the checkpoint."""
-        self.sums.copy_(torch.tensor([state[name] for name in self.NAMES]))
+        self.sums.copy_(torch.tensor([state[name] for name in self.NAMES], dtype=torch.float64))
 
 
 class SpeechLLMBrain(sb.Brain):
@@ -320,21 +316,21 @@ class SpeechLLMBrain(sb.Brain):
             1, len(self.sampler.batches_of_pass(self.sampler.pass_number))
         )
         seen = self.counters.state_dict()
-        if if_main_process():
-            self.train_logger.log_stats(
-                {
-                    "step": self.optimizer_step,
-                    "lr": self.scheduler.get_last_lr()[0],
-                    "epochs": round(self.sampler.pass_number + pass_share, 3),
-                    "utterances": round(seen["utterances"]),
-                    "audio_hours": round(seen["seconds"] / 3600, 3),
-                },
-                train_stats=self.train_stats(),
-                valid_stats={
-                    "loss": float(self.valid_sums[0] / self.valid_sums[1]),
-                    self.task.metric: self.valid_value,
-                },
-            )
+        # On all ranks: SpeechBrain's loggers write on rank 0 themselves and then broadcast, which all ranks must join.
+        self.train_logger.log_stats(
+            {
+                "step": self.optimizer_step,
+                "lr": self.scheduler.get_last_lr()[0],
+                "epochs": round(self.sampler.pass_number + pass_share, 3),
+                "utterances": round(seen["utterances"]),
+                "audio_hours": round(seen["seconds"] / 3600, 3),
+            },
+            train_stats=self.train_stats(),
+            valid_stats={
+                "loss": float(self.valid_sums[0] / self.valid_sums[1]),
+                self.task.metric: self.valid_value,
+            },
+        )
         self._checkpoint(validated=True)
 
 

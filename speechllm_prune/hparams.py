@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, TaggedScalar
 from ruamel.yaml.error import YAMLError
 
-from speechllm_prune.experiment import sha256_file, sha256_json
+from speechllm_prune.experiment import Variant, sha256_file, sha256_json
 from speechllm_prune.runtime import UserError
 
 MACHINE_KEYS = frozenset(
@@ -320,6 +320,8 @@ def _checked(key: str, value: Any, default: Any, where: str) -> Any:
     value = _typed(key, value, _plain(default), where)
     if key in CHOICES and value not in CHOICES[key]:
         raise UserError(f"{where}: '{key}' is one of {', '.join(CHOICES[key])}, given {value!r}")
+    if key == "tag":
+        Variant(tag=value)  # refuses what cannot be part of a folder's name
     if (key in POSITIVE and value <= 0) or (key in NOT_NEGATIVE and value < 0):
         raise UserError(
             f"{where}: '{key}' must be {'above 0' if key in POSITIVE else '0 or more'}, given {value!r}"

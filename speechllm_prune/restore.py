@@ -242,10 +242,9 @@ def cut(
     """
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     projector = {name: tensor.clone() for name, tensor in model.projector.state_dict().items()}
-    removal = None
+    removal = _removal(model, plan, heal_state)
     try:
-        removal, names = _apply(model, plan, heal_state)
-        yield names
+        yield _apply(model, plan, removal, heal_state)
     finally:
         remove_healing_lora(model.decoder)
         if removal is not None:
@@ -256,27 +255,30 @@ def cut(
         model.eval()
 
 
-def _apply(
-    model: SpeechLLM, plan: PrunePlan, heal_state: HealState | None
-) -> tuple[Removal | None, list[str]]:
-    """Remove layers, add adapters, load tensors; returns the removal (None: control) and the names healing owns."""
+def _removal(model: SpeechLLM, plan: PrunePlan, heal_state: HealState | None) -> Removal | None:
+    """What the plan removes, not applied yet (None: control); refused if plan, model and healing do not fit."""
     depth = num_layers(model.decoder)
     if plan.num_layers != depth:
         raise UserError(
             f"the plan is for a decoder of {plan.num_layers} layers, this one has {depth}"
         )
-    heals_decoder = heal_state is not None and heal_state.heals_decoder
-    if heals_decoder and plan.receiving_layer is None:
+    if heal_state is not None and heal_state.heals_decoder and plan.receiving_layer is None:
         raise UserError(
             f"block {plan.name} reaches the last layer: there is no receiving layer to heal"
         )
-    removal = None if plan.control else Removal(model.decoder, plan.start_layer, plan.block_size)
+    return None if plan.control else Removal(model.decoder, plan.start_layer, plan.block_size)
+
+
+def _apply(
+    model: SpeechLLM, plan: PrunePlan, removal: Removal | None, heal_state: HealState | None
+) -> list[str]:
+    """Remove layers, add adapters, load tensors; returns the names healing owns."""
     if removal is not None:
         removal.apply()
     if heal_state is None:
-        return removal, []
+        return []
     adapters: list[str] = []
-    if heals_decoder:
+    if heal_state.heals_decoder:
         layer = plan.receiving_layer if plan.control else plan.start_layer
         assert layer is not None
         adapters = add_healing_lora(model.decoder, layer, heal_state.lora)
@@ -286,7 +288,7 @@ def _apply(
         load_tensors(model, heal_state.tensors, names)
     set_trainable(model, [])
     model.eval()
-    return removal, names
+    return names
 
 
 def restore(
@@ -318,5 +320,6 @@ def restore(
     model = build_model(hparams, device)
     load_train_state(model, experiment)
     if parsed.start_layer is not None:
-        _apply(model, read_plan(experiment, parsed), read_heal_state(experiment, parsed))
+        plan, heal_state = read_plan(experiment, parsed), read_heal_state(experiment, parsed)
+        _apply(model, plan, _removal(model, plan, heal_state), heal_state)
     return model

@@ -43,6 +43,9 @@ def measure(bench: Workbench) -> Path:
     """Measure angular distances and write distances.safetensors, path.json and heatmap.png."""
     hparams = bench.hparams
     text_mode = hparams["measure_input"] == "text"
+    needs_training = not text_mode or bool(hparams["decoder_lora_rank"])
+    if needs_training:
+        bench.experiment.require("train", bench.run.command("train", "--data_folder FOLDER"))
     sentences = _sentences(bench) if text_mode else []
     config_hash = _text_hash(bench) if text_mode else bench.run.config_hash("measure")
     if text_mode and hparams["last_token"] != "sequence":
@@ -51,8 +54,6 @@ def measure(bench: Workbench) -> Path:
         )
     stage = f"measure/{hparams['measure_input']}"
     folder = bench.experiment.stage(stage)
-    if not text_mode:
-        bench.experiment.require("train", bench.run.command("train", "--data_folder FOLDER"))
     if not bench.begin(stage, config_hash):
         return folder
     bench.seed("measure")
@@ -60,7 +61,7 @@ def measure(bench: Workbench) -> Path:
     if if_main_process():
         inputs = [Path(hparams["text_file"])] if text_mode and hparams["text_file"] else []
         inputs += [bench.manifest(hparams["measure_manifest"])] if not inputs else []
-        if not text_mode or hparams["decoder_lora_rank"]:
+        if needs_training:
             inputs.append(bench.experiment.stage("train") / "DONE.json")
         _write_measure(bench, folder, distances, config_hash, inputs)
         bench.experiment.finish(stage, config_hash, inputs)

@@ -6,6 +6,7 @@ resumes at (pass, position) without replaying anything.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ class EndlessBatchSampler:
     batch_size, batch_positions : int
         See `cut_batches`.
     pool_batches : int
-        Batches per pool.
+        Batches per pool and rank, at least.
     seed : int
         Seed of all passes.
     rank, world_size : int
@@ -157,12 +158,16 @@ class EndlessBatchSampler:
         per_batch = (
             max(1, int(self.batch_positions / mean)) if self.batch_positions else self.batch_size
         )
-        pool = per_batch * self.pool_batches * self.world_size
+        # Pools of whole steps, the remainder in the last one: alone it could not feed all ranks. A few of them even
+        # where one would hold everything, or every pass would have the same batches.
+        step_size = per_batch * self.world_size
+        whole = len(order) // step_size
+        pools = max(1, whole // self.pool_batches, min(4, whole // 4))
+        bounds = [pool * whole // pools * step_size for pool in range(pools)] + [len(order)]
         steps: list[list[list[int]]] = []
-        for first in range(0, len(order), pool):
-            ordered = sorted(
-                order[first : first + pool], key=lambda index: (self.sizes[index], index)
-            )
+        for first, end in itertools.pairwise(bounds):
+            members = order[first:end]
+            ordered = sorted(members, key=self.sizes.__getitem__)  # ties stay shuffled
             batches = cut_batches(ordered, self.sizes, self.batch_size, self.batch_positions)
             steps += self._steps(batches)
         generator.shuffle(steps)

@@ -265,3 +265,8 @@ class explain_hub_errors:
                 )
             )
             raise UserError(f"{self.key}: cannot load {self.hub!r}: {where}. ({reason})") from None
+        if isinstance(error, ValueError):  # transformers' word for a model of another kind
+            reason = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"{self.key}: {self.hub!r} is no model of this kind. ({reason})"
+            ) from None

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# The whole study from nothing, on a CPU: corpus, stand-in models, train, measure, prune and heal, report.
+#   bash recipes/Demo/run.sh [--full] [LIBRISPEECH_LAYOUT_FOLDER [RESULTS_FOLDER]]
+# Without a folder the speech is synthesised (experiment `demo`); with one, the same is done on that corpus (experiment
+# `demo_<folder name>`). --full removes more block sizes, heals in every mode, and follows the text path, too.
+# Finished stages are skipped, so run it again to go on. SEED=N (default 3407) is a study of its own.
+set -euo pipefail
+
+usage() { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+full=0
+while [ $# -gt 0 ]; do
+  case $1 in
+    --full) full=1; shift ;;
+    -h | --help) usage; exit 0 ;;
+    -*) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
+    *) break ;;
+  esac
+done
+if [ $# -gt 2 ]; then usage >&2; exit 2; fi
+if [ -n "${1:-}" ] && [ ! -d "$1" ]; then echo "error: no such folder: $1" >&2; exit 2; fi
+corpus=${1:+$(cd "$1" && pwd)}
+results=${2:-}
+if [ -n "$results" ]; then mkdir -p "$results"; results=$(cd "$results" && pwd); fi
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+results=${results:-results}
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
+fi
+seed=${SEED:-3407}
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false # two processes share the cores: one thread each
+started=$SECONDS
+
+say() { echo "==> [$((SECONDS - started)) s] $*"; }
+# Two commands side by side; both are waited for, and a failure of either ends the script.
+side_by_side() { # $1 and $2: names of functions
+  "$1" & local first=$!
+  "$2" & local second=$!
+  local status=0
+  wait "$first" || status=$?
+  wait "$second" || status=$?
+  if [ "$status" -ne 0 ]; then exit "$status"; fi
+}
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+
+# ------------------------------------------------------------ corpus
+leaf=hparams/demo.yaml
+note="pretrained stand-ins (tiny models trained on the spot), synthetic speech"
+name=demo
+suffix=""
+if [ "$seed" != 3407 ]; then suffix="-$seed"; fi
+if [ -z "$corpus" ]; then
+  corpus=$results/corpora/demo$suffix
+  say "synthesising speech into $corpus"
+  "$PYTHON" recipes/Demo/synthesise.py "$corpus" --seed "$seed"
+else
+  name=demo_$(basename "$corpus" | tr -c 'A-Za-z0-9_.+\n-' '_')
+  note="pretrained stand-ins (tiny models trained on the spot on the train split of $(basename "$corpus"))"
+  note+="; decoder text: random strings over the train vocabulary"
+fi
+root=$corpus
+if [ -d "$corpus/LibriSpeech" ]; then root=$corpus/LibriSpeech; fi
+train="" tests="" found=""
+for folder in "$root"/*/; do
+  split=$(basename "$folder")
+  if ! compgen -G "$folder*/*/*.trans.txt" >/dev/null; then continue; fi
+  found+=" $split"
+  case $split in
+    train*) train+=",$name/$split" ;;
+    dev*) ;;
+    *) tests+=",$name/$split" ;;
+  esac
+done
+if [ -z "$train" ] || [ -z "$tests" ]; then
+  echo "error: $root needs a train split and a test split in LibriSpeech layout; found:${found:- none}" >&2
+  exit 2
+fi
+dev=dev-clean
+case $found in *dev-clean*) ;; *dev-other*) dev=dev-other ;; esac
+say "splits:$found"
+for split in train-clean-100 dev-clean test-clean test-other ood; do
+  case "$found " in *" $split "*) ;; *) say "no split $split: skipped" ;; esac
+done
+
+# ------------------------------------------------------------ stand-ins
+stand_ins=$results/stand_ins/$name$suffix
+encoder() { "$PYTHON" recipes/Demo/bootstrap.py encoder --corpus "$corpus" --stand_ins "$stand_ins" --seed "$seed"; }
+decoder() { "$PYTHON" recipes/Demo/bootstrap.py decoder --corpus "$corpus" --stand_ins "$stand_ins" --seed "$seed"; }
+say "stand-in encoder and decoder into $stand_ins"
+side_by_side encoder decoder
+
+# ------------------------------------------------------------ the study
+common=(--results_folder "$results" --seed "$seed" --experiment_name "$name" --data_folder "$corpus")
+common+=(--train_manifests "[${train#,}]" --eval_manifests "[${tests#,}]")
+common+=(--valid_manifest "$name/$dev" --measure_manifest "$name/$dev" --results_note "$note")
+models=(--encoder_hub "$stand_ins/encoder" --decoder_hub "$stand_ins/decoder")
+run() { local verb=$1; shift; "$PYTHON" "$verb.py" "$leaf" "${common[@]}" "$@"; }
+
+say "training the projector"
+run train "${models[@]}"
+
+speech() { run measure "${models[@]}"; }
+text() { run measure "${models[@]}" --measure_input text; }
+random_text() {
+  run measure --measure_input text --experiment_name "${name}_random" --encoder_hub "$stand_ins/encoder" \
+    --decoder_hub "$stand_ins/decoder_random"
+}
+shuffled() { run evaluate "${models[@]}" --shuffle_audio True; }
+say "measuring angular distances (speech, text, text through random weights); shuffled-audio check"
+both_texts() { text && random_text; }
+speech_and_shuffled() { speech && shuffled; }
+side_by_side speech_and_shuffled both_texts
+
+sizes=[4,6,8,10] modes=[none,joint]
+if [ "$full" = 1 ]; then sizes=[1,2,3,4,5,6,7,8,9,10] modes=[none,decoder,projector,joint]; fi
+sweep() { run sweep "${models[@]}" --block_sizes "$sizes" --heal_modes "$modes" --control "$@"; }
+first_half() { sweep --shard 1/2; }
+second_half() { sweep --shard 2/2; }
+say "pruning and healing: block sizes $sizes, heal modes $modes"
+side_by_side first_half second_half
+if [ "$full" = 1 ]; then
+  text_first() { sweep --path text --shard 1/2; }
+  text_second() { sweep --path text --shard 2/2; }
+  say "the same on the path from text (equal blocks share results)"
+  side_by_side text_first text_second
+fi
+
+say "report"
+"$PYTHON" report.py "$results/$name/$seed" "$results/${name}_random/$seed"
+say "done; open $results/$name/$seed/report/report.html"
