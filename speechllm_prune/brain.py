@@ -71,7 +71,7 @@ class LinearWarmdown(LambdaLR):
 
 
 class Counters:
-    """What the run has seen, over all ranks: labels, utterances, seconds of audio.
+    """What the run has seen, over all ranks: labels, utterances, seconds of audio; and the last step it validated.
 
     Sums stay on the device; reading them waits for it.
     """
@@ -80,13 +80,16 @@ class Counters:
 
     def __init__(self, device: str) -> None:
         self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.validated_step = 0
 
     def state_dict(self) -> dict[str, float]:
         """For the checkpoint."""
-        return dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        seen = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
+        return seen | {"validated_step": self.validated_step}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """From the checkpoint."""
+        self.validated_step = int(state["validated_step"])
         self.sums.copy_(torch.tensor([state[name] for name in self.NAMES], dtype=torch.float64))
 
 
@@ -217,8 +220,15 @@ class SpeechLLMBrain(sb.Brain):
 
     def epochs(self) -> Iterator[int]:
         """Nominal epochs left: an epoch is `valid_interval` optimiser steps, the last one perhaps shorter."""
-        while self.optimizer_step < self.num_steps:
-            yield self.optimizer_step // self.valid_interval + 1
+        while self.optimizer_step < self.num_steps or self._validation_is_due():
+            # A run that was stopped after the last step of an epoch validates first.
+            begun = self.optimizer_step - self._validation_is_due()
+            yield begun // self.valid_interval + 1
+
+    def _validation_is_due(self) -> bool:
+        step = self.optimizer_step
+        at_end = step == self.num_steps or (step > 0 and step % self.valid_interval == 0)
+        return at_end and self.counters.validated_step != step
 
     def _fit_train(self, train_set: Any, epoch: int, enable: bool) -> None:
         # Brain's own loop counts micro-batches of a finite loader and shows the loss only; ours counts optimiser steps
@@ -291,6 +301,7 @@ class SpeechLLMBrain(sb.Brain):
     def evaluate_batch(self, batch: Batch, stage: sb.Stage) -> Tensor:
         """Teacher-forced loss and greedy transcripts of one validation batch."""
         if stop_requested() and self.world_size == 1:
+            self._checkpoint(validated=False)
             raise Stopped(stop_requested())
         batch = batch.to(self.device)
         with torch.no_grad():
@@ -325,12 +336,13 @@ class SpeechLLMBrain(sb.Brain):
                 "utterances": round(seen["utterances"]),
                 "audio_hours": round(seen["seconds"] / 3600, 3),
             },
-            train_stats=self.train_stats(),
+            train_stats=self.train_stats() if self.totals.num_labels else None,
             valid_stats={
                 "loss": float(self.valid_sums[0] / self.valid_sums[1]),
                 self.task.metric: self.valid_value,
             },
         )
+        self.counters.validated_step = self.optimizer_step
         self._checkpoint(validated=True)
 
 

@@ -43,16 +43,17 @@ class AtomicCheckpointer(Checkpointer):
         """As the parent's; the folder appears under its final name once it is complete."""
         saved = super().save_checkpoint(*args, **kwargs)
         ddp_barrier()
-        if saved is None:
-            return None
-        for file in saved.path.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        final = super()._new_checkpoint_dirpath()
-        os.rename(saved.path, final)
-        return Checkpoint(
-            final, saved.meta, {name: final / path.name for name, path in saved.paramfiles.items()}
-        )
+        if saved is not None:
+            for file in saved.path.iterdir():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+            final = super()._new_checkpoint_dirpath()
+            os.rename(saved.path, final)
+            files = {name: final / path.name for name, path in saved.paramfiles.items()}
+            saved = Checkpoint(final, saved.meta, files)
+        # Deleting is collective: a rank that lists the folder too early counts other deletions and all of them hang.
+        ddp_barrier()
+        return saved
 
     def save_and_prune(
         self, meta: dict[str, Any], min_key: str | None, max_key: str | None

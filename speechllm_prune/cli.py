@@ -159,16 +159,22 @@ def _split(argv: list[str], known: set[str]) -> tuple[list[str], dict[str, Any]]
 
 
 def _value(name: str, text: str) -> Any:
-    """A command-line value as YAML reads it, without any tag; what is no YAML is text."""
+    """A command-line value as YAML reads it, without any tag; what is no YAML is text.
+
+    Text that YAML would change stays text: `2026_11` and `007` are names, '' is empty and not null.
+    """
     if text.lstrip().startswith("!"):
         raise UserError(f"command line: '{name}': tags are not allowed in values, given {text!r}")
     try:
         value = YAML(typ="safe", pure=True).load(text)
     except YAMLError:
         return text
-    if isinstance(value, (bool, int, float, list)) or value is None:
-        return value
-    return text
+    same = {
+        int: str(value) == text.removeprefix("+"),
+        list: text.lstrip().startswith("["),
+        type(None): text in ("null", "~"),
+    }
+    return value if isinstance(value, float) or same.get(type(value), type(value) is bool) else text
 
 
 def open_run(

@@ -11,8 +11,8 @@ writes ::
     OUT_FOLDER/lm_text.txt             text for the language model (no sentence of any split)
     OUT_FOLDER/synthesis.json          how it was made; written last
 
-The speakers of train-clean-100 also speak dev-clean and test-clean, with other sentences; those of
-test-other are unseen. ``ood`` has both, other sentence patterns, noise, and files at another rate.
+The speakers of train-clean-100 also speak dev-clean and test-clean, with other sentences and some noise;
+those of test-other are unseen. ``ood`` has both, other sentence patterns, noise, and files at another rate.
 """
 
 import argparse
@@ -55,8 +55,9 @@ UNSEEN_VOICES = [
 ]
 SPLITS = {
     "train-clean-100": {"count": 2400, "wording": "narrow", "voices": "seen"},
-    "dev-clean": {"count": 120, "wording": "narrow", "voices": "seen"},
-    "test-clean": {"count": 180, "wording": "narrow", "voices": "seen"},
+    # Some noise, or the full model would make no error at all and a relative degradation would mean nothing.
+    "dev-clean": {"count": 120, "wording": "narrow", "voices": "seen", "snr_db": [8, 20]},
+    "test-clean": {"count": 180, "wording": "narrow", "voices": "seen", "snr_db": [8, 20]},
     "test-other": {"count": 180, "wording": "narrow", "voices": "unseen"},
     "ood": {
         "count": 180,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,16 +28,21 @@ BASE = Path(__file__).resolve().parents[2] / "hparams" / "base" / "speechllm.yam
 
 def hparams_of(encoder: Path, decoder: Path, **overrides: Any) -> dict[str, Any]:
     """The base with tiny models: every default is the shipped one unless a test says otherwise."""
+    return dict(_hparams(str(encoder), str(decoder), tuple(sorted(overrides.items()))))
+
+
+@functools.cache
+def _hparams(encoder: str, decoder: str, overrides: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     values = {
         "data_folder": "nowhere",
-        "encoder_hub": str(encoder),
-        "decoder_hub": str(decoder),
+        "encoder_hub": encoder,
+        "decoder_hub": decoder,
         "projector_dim": 24,
         "frame_stack": 3,
         "device": "cpu",
         "precision": "fp32",
     }
-    return load_hparams(BASE, values | overrides)
+    return load_hparams(BASE, values | dict(overrides))
 
 
 def build(encoder: Path, decoder: Path, **overrides: Any) -> SpeechLLM:

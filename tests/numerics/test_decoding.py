@@ -55,10 +55,10 @@ def test_greedy_with_cache_equals_the_loop_without(
     wavlm_layer: Path, decoder_folder: Path, state: str
 ) -> None:
     model = build(wavlm_layer, decoder_folder)
-    items = utterances(model, [1, 5, 2, 4])
+    items = utterances(model, [1, 4, 2])
     with in_state(model, state):
         inputs = model.inputs_for(collate(items), targets=False, padding_side="left")
-        caps = [12, 12, 5, 12]
+        caps = [8, 8, 4]
         logits: list[Tensor] = []
         handle = model.decoder.get_output_embeddings().register_forward_hook(
             lambda module, args, output: logits.append(output)
@@ -89,14 +89,14 @@ def test_greedy_equals_hugging_face_generate(
     with in_state(model, state):
         inputs = model.inputs_for(collate(items), targets=False, padding_side="left")
         ours = greedy_search(
-            model.decoder, inputs.inputs_embeds, inputs.attention_mask, [15, 15], NEVER
+            model.decoder, inputs.inputs_embeds, inputs.attention_mask, [10, 10], NEVER
         )
         for row, (tokens, _) in enumerate(ours):
             alone = model.inputs_for(collate([items[row]]), targets=False)
             theirs = model.decoder.generate(
                 inputs_embeds=alone.inputs_embeds,
                 attention_mask=alone.attention_mask,
-                max_new_tokens=15,
+                max_new_tokens=10,
                 do_sample=False,
                 eos_token_id=None,
             )
@@ -166,12 +166,12 @@ def check_batching(model: SpeechLLM) -> None:
 def test_transcripts_do_not_depend_on_batch_size_or_order(
     encoder_folder: Path, llama: Path
 ) -> None:
-    check_batching(build(encoder_folder, llama, max_tokens_per_second=4.0))
+    check_batching(build(encoder_folder, llama, max_tokens_per_second=2.0))
 
 
 @pytest.mark.parametrize("state", STATES[1:])
 def test_nor_after_surgery_and_healing(wavlm_layer: Path, qwen2: Path, state: str) -> None:
-    model = build(wavlm_layer, qwen2, max_tokens_per_second=4.0)
+    model = build(wavlm_layer, qwen2, max_tokens_per_second=2.0)
     with in_state(model, state):
         check_batching(model)
 

@@ -103,6 +103,20 @@ def test_equals_a_double_loop(decoder, side: str) -> None:
         assert expected[n - 1][start] == min(expected[n - 1][: num_layers - n])
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_are_counted_from_the_first_real_token(decoder, side: str) -> None:
+    """In fp32 a shift of a whole row is invisible under RoPE, in bf16 it is not."""
+    given: list[Tensor] = []
+    handle = decoder.model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    batch = padded(sentences(), side)
+    measure_distances(decoder, [batch])
+    handle.remove()
+    for positions, mask in zip(given[0], batch["attention_mask"].bool(), strict=True):
+        assert positions[mask].tolist() == list(range(int(mask.sum())))
+
+
 def test_batch_composition_does_not_matter(decoder) -> None:
     rows = sentences()
     splits: list[list[list[int]]] = [

@@ -173,6 +173,9 @@ def test_decoder_states_of_a_mixed_batch_equal_those_one_by_one(
         for row, item in enumerate(items):
             alone = model.inputs_for(collate([item]), targets, padding_side)
             assert alone.attention_mask.all()
+            # A uniform shift is invisible under RoPE in fp32, but not in bf16.
+            own = together.position_ids[row][together.attention_mask[row].bool()]
+            assert own.tolist() == list(range(len(own))) == alone.position_ids[0].tolist()
             torch.testing.assert_close(
                 states(together, row), states(alone, 0), atol=2e-5, rtol=1e-4
             )

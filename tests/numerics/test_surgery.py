@@ -242,24 +242,25 @@ def work(model: SpeechLLM, names: list[str]) -> None:
     """What happens inside a cut: training of what the healing owns, and decoding with a cache."""
     set_trainable(model, names)
     model.train()
-    batch = batch_of(model, [2, 4])
+    batch = batch_of(model, [1, 2])
     if names:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         for _ in range(2):
             model(batch).loss.backward()
             optimizer.step()
-    model.transcribe([batch.audio[0]])
+    model.transcribe([batch.audio[0]])  # in eval mode, with a cache
 
 
-HEALINGS = ["none", "decoder", "projector", "joint"]
-
-
-@pytest.mark.parametrize("lora_rank", [0, 4])
-@pytest.mark.parametrize("mode", HEALINGS)
+@pytest.mark.parametrize(
+    ("mode", "lora_rank"),
+    [("none", 0), ("joint", 0), ("none", 4), ("decoder", 4), ("projector", 4), ("joint", 4)],
+)
 def test_cut_then_uncut_restores_everything(
     wavlm_layer: Path, decoder_folder: Path, mode: str, lora_rank: int
 ) -> None:
-    model = build(wavlm_layer, decoder_folder, decoder_lora_rank=lora_rank)
+    model = build(
+        wavlm_layer, decoder_folder, decoder_lora_rank=lora_rank, max_tokens_per_second=1.0
+    )
     set_trainable(model, train_names(model)[:2])  # flags are part of the state too
     heal = None if mode == "none" else HealState(mode, LoraSettings(3, 6, 0.1))
     before = everything(model)

@@ -1,4 +1,4 @@
-"""Mistakes of users: one clear message with the remedy, exit code 2, no traceback, and nothing written that misleads."""
+"""Mistakes of users: one clear message with the remedy, exit code 2, no traceback, nothing written that misleads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_a_split_that_only_evaluation_needs_is_a_warning(make_leaf: MakeLeaf, co
     assert "librispeech/test-other" in outcome.err and "prepare.py" in outcome.err
     message = refused("evaluate", study.leaf)
     assert "python recipes/LibriSpeech/librispeech_prepare.py" in message
-    assert {path.name for path in (study.root / "eval/full").iterdir()} == {"librispeech-test-clean"}
+    assert {path.name for path in (study.root / "eval/full").iterdir()} == {
+        "librispeech-test-clean"
+    }
 
 
 def test_empty_split(make_leaf: MakeLeaf, corpus: Path) -> None:
@@ -65,7 +67,9 @@ def test_bad_rows_are_counted_and_listed(make_leaf: MakeLeaf, corpus: Path) -> N
         (path for path in (corpus / SPLIT).rglob("*") if path.suffix in (".flac", ".wav")),
         key=lambda path: path.stem,
     )[1:5]
-    soundfile.write(empty, np.zeros(0), 16000)  # a wav; a flac without samples cannot be read at all
+    soundfile.write(
+        empty, np.zeros(0), 16000
+    )  # a wav; a flac without samples cannot be read at all
     second.write_bytes(b"this is no audio")
     third.unlink()
     shutil.copy(fourth, fourth.with_stem("100-1000-9999"))
@@ -308,7 +312,9 @@ def rename_speaker(corpus: Path, split: str) -> None:
     """Copy test-clean as another split, under utterance ids of its own."""
     for file in (corpus / "test-clean").rglob("*.*"):
         speaker = str(200 + len(split))
-        target = corpus / split / speaker / file.parent.name / file.name.replace("102-", f"{speaker}-")
+        target = (
+            corpus / split / speaker / file.parent.name / file.name.replace("102-", f"{speaker}-")
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".txt":
             target.write_text(file.read_text().replace("102-", f"{speaker}-"))

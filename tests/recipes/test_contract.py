@@ -48,7 +48,11 @@ def test_files(study: Study) -> None:
     assert files_of(study, "heal/" + study.variant(2, "decoder") + "+long") == loop
     for name in ("full", variant, f"control-{variant}", "full+shuffled_audio"):
         for split in SPLITS:
-            assert files_of(study, f"eval/{name}/{split}") == {"hyps.jsonl", "metrics.json", "wer.txt"}
+            assert files_of(study, f"eval/{name}/{split}") == {
+                "hyps.jsonl",
+                "metrics.json",
+                "wer.txt",
+            }
     report = files_of(study, "report")
     assert {"report.html", "table1.md", "table1.csv", "points.md", "points.csv"} <= report
     assert {"train", "measure", "prune", "heal", "eval", "report"} == {
@@ -161,7 +165,13 @@ def expected_identity(variant: str) -> dict[str, object]:
     control = name.startswith("control-")
     name = name.removeprefix("control-")
     if name == "full":
-        return {"start_layer": None, "block_size": 0, "heal_mode": "none", "tag": tag, "control": False}
+        return {
+            "start_layer": None,
+            "block_size": 0,
+            "heal_mode": "none",
+            "tag": tag,
+            "control": False,
+        }
     match = re.fullmatch(r"l(\d\d)n(\d\d)-(\w+)", name)
     assert match
     return {
@@ -180,7 +190,9 @@ def test_metrics_and_hypotheses(study: Study) -> None:
         metrics, rows = load_json(file), load_rows(file.parent / "hyps.jsonl")
         variant = file.parent.parent.name
         assert METRICS | PROVENANCE <= set(metrics), METRICS - set(metrics)
-        assert {key: metrics[key] for key in expected_identity(variant)} == expected_identity(variant)
+        assert {key: metrics[key] for key in expected_identity(variant)} == expected_identity(
+            variant
+        )
         assert metrics["variant"] == variant
         assert f"{metrics['corpus']}-{metrics['split']}" == file.parent.name
         assert (metrics["task"], metrics["metric"], metrics["seed"]) == ("asr", "wer", 3407)

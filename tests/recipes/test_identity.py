@@ -1,4 +1,4 @@
-"""What makes two configurations the same: the archive is the authority, machine keys are free, hubs are their content."""
+"""What makes two configurations the same: the archive has the word, machine keys are free, hubs are their content."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_a_leaf_changed_since_is_a_warning(own_study: Study) -> None:
     assert "warning: the leaf has changed" in outcome.err and "the archive is used" in outcome.err
     assert "lr is 0.5 here and 0.001" in outcome.err
     assert "changed" not in good("evaluate", restore_leaf(own_study)).err
-    assert "lr is 0.5" in refused("train", write_leaf(own_study.leaf, own_study.values | {"lr": 0.5}))
+    assert "lr is 0.5" in refused(
+        "train", write_leaf(own_study.leaf, own_study.values | {"lr": 0.5})
+    )
 
 
 def restore_leaf(study: Study) -> Path:
@@ -96,7 +98,9 @@ def test_a_hub_is_its_content(own_study: Study, qwen2: Path, llama: Path, tmp_pa
     ],
     ids=["last_token", "manifest", "heal_steps", "heal_lora_rank", "cap"],
 )
-def test_a_finished_stage_of_another_configuration(study: Study, command: tuple, change: tuple) -> None:
+def test_a_finished_stage_of_another_configuration(
+    study: Study, command: tuple, change: tuple
+) -> None:
     before = snapshot(study.root)
     message = refused(command[0], study.leaf, *command[1:], *change)
     assert "another configuration" in message and "--overwrite" in message

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from speechbrain import Stage
 from torch import Tensor
 
 from speechllm_prune.brain import SpeechLLMBrain
@@ -56,15 +57,18 @@ def all_checkpoints(stage: Path) -> list[dict[str, Tensor]]:
 
 
 def assert_same_end(first: Path, second: Path) -> None:
-    """Best and last checkpoint, and the log, agree to the bit."""
+    """Best and last checkpoint agree to the bit, and so does what the log says of every validation."""
     for a, b in zip(all_checkpoints(first), all_checkpoints(second), strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    last = [(stage / "train_log.txt").read_text().splitlines()[-1] for stage in (first, second)]
-    assert last[0].split(" - ")[0] == last[1].split(" - ")[0]  # step, lr, epochs, utterances, hours
-    assert last[0].split(" - ")[2] == last[1].split(" - ")[2]  # validation
+    logs = [(stage / "train_log.txt").read_text().splitlines() for stage in (first, second)]
+    for one, two in zip(*logs, strict=True):
+        assert one.split(" - ")[0] == two.split(" - ")[0]  # step, lr, epochs, utterances, hours
+        assert one.split(" - ")[-1] == two.split(" - ")[-1]  # validation; train loss is since the restart
 
 
-@pytest.mark.parametrize("at", [1, 6, 8], ids=["early", "before validation", "between"])
+@pytest.mark.parametrize(
+    "at", [1, 6, 8, 12], ids=["early", "before validation", "between", "after the last step"]
+)
 def test_training_goes_on_where_it_was_stopped(
     make_leaf: MakeLeaf, interrupt: Interrupt, at: int
 ) -> None:
@@ -86,6 +90,27 @@ def test_training_goes_on_where_it_was_stopped(
     assert not (parted.root / "train/STOPPED.json").exists()
     assert_same_end(whole.root / "train", parted.root / "train")
     assert hypotheses(whole.root, "full") == hypotheses(parted.root, "full")
+
+
+def test_a_stop_during_validation_loses_no_step(
+    make_leaf: MakeLeaf, interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_leaf()
+    original = SpeechLLMBrain.on_stage_start
+
+    def start(brain: SpeechLLMBrain, stage: Stage, epoch: int | None = None) -> None:
+        original(brain, stage, epoch)
+        if stage == Stage.VALID and brain.optimizer_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SpeechLLMBrain, "on_stage_start", start)
+    assert run("train", study.leaf, *STEPS).code == 75
+    assert load_json(study.root / "train/STOPPED.json")["optimizer_step"] == 6
+    monkeypatch.setattr(SpeechLLMBrain, "on_stage_start", original)
+    good("train", study.leaf, *STEPS)
+    assert interrupt.steps == list(range(1, 13)), "every step once"
+    lines = (study.root / "train/train_log.txt").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step: 6", "step: 12"]
 
 
 def test_stopping_twice_with_accumulation_and_positions(

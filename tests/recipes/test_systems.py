@@ -116,7 +116,9 @@ def test_translation(make_leaf: MakeLeaf, tiny_manifests: Path, tmp_path: Path) 
     for name in ("full", variant):
         folder = study.root / "eval" / name / SPLITS[0]
         metrics = load_json(folder / "metrics.json")
-        assert (metrics["task"], metrics["metric"]) == ("ast", "bleu") and 0 <= metrics["value"] <= 100
+        assert (metrics["task"], metrics["metric"]) == ("ast", "bleu") and 0 <= metrics[
+            "value"
+        ] <= 100
         assert metrics["signature"].startswith("nrefs:1|") and "tok:13a" in metrics["signature"]
         assert not {"substitutions", "reference_words"} & set(metrics)
         rows = load_rows(folder / "hyps.jsonl")

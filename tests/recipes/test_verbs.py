@@ -74,7 +74,14 @@ def test_training_changes_the_projector_and_writes_a_log(trained: Study) -> None
     assert list(state) == sorted(load_json(folder / "DONE.json")["trainable"])
     lines = (folder / "train_log.txt").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step: 3", "step: 6"]
-    for word in ("lr: ", "epochs: ", "audio_hours: ", "train loss: ", "valid loss: ", "valid wer: "):
+    for word in (
+        "lr: ",
+        "epochs: ",
+        "audio_hours: ",
+        "train loss: ",
+        "valid loss: ",
+        "valid wer: ",
+    ):
         assert all(word in line for line in lines), word
     assert (folder / "env.log").read_text().count("torch ") == 1
 
@@ -165,7 +172,10 @@ def test_a_failing_point_does_not_stop_the_others(own_study: Study) -> None:
     assert "1 of 2 points are done" in outcome.out
     assert points_done(own_study) == {"full", own_study.variant(2, "none")}
     broken.unlink()
-    assert "2 of 2" in good("sweep", own_study.leaf, "--block_sizes", "1,2", "--heal_modes", "none").out
+    assert (
+        "2 of 2"
+        in good("sweep", own_study.leaf, "--block_sizes", "1,2", "--heal_modes", "none").out
+    )
 
 
 def test_a_path_from_elsewhere_and_blocks_that_two_paths_share(own_study: Study) -> None:
@@ -187,7 +197,9 @@ def test_a_path_from_elsewhere_and_blocks_that_two_paths_share(own_study: Study)
 def test_a_sweep_takes_the_control_of_its_deepest_point(own_study: Study) -> None:
     good("sweep", own_study.leaf, "--block_sizes", "1,2", "--heal_modes", "projector", "--control")
     names = {own_study.variant(1, "projector"), own_study.variant(2, "projector")}
-    assert points_done(own_study) == {"full", "control-" + own_study.variant(2, "projector")} | names
+    assert (
+        points_done(own_study) == {"full", "control-" + own_study.variant(2, "projector")} | names
+    )
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -230,7 +242,10 @@ def test_the_archived_yaml_is_a_leaf_itself(own_study: Study) -> None:
     options = ("--results_folder", own_study.results)
     assert "already done" in good("train", archive, *options).out
     good("train", archive, *options, "--experiment_name", "again", "--skip_prep")
-    first, again = tensors(own_study.root / "train"), tensors(own_study.results / "again/3407/train")
+    first, again = (
+        tensors(own_study.root / "train"),
+        tensors(own_study.results / "again/3407/train"),
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -295,5 +310,8 @@ def test_as_a_user_runs_them(study: Study, run_verb, tmp_path: Path) -> None:
     done = run_verb("sweep.py", "here/leaf.yaml", "--block_sizes", "1,2")
     assert "4 of 4 points are done" in done.stdout
     wrong = run_verb("heal.py", "here/leaf.yaml", "--block_sise", 2, code=2)
-    assert wrong.stderr == "error: command line: unknown key 'block_sise'; did you mean 'block_size'?\n"
+    assert (
+        wrong.stderr
+        == "error: command line: unknown key 'block_sise'; did you mean 'block_size'?\n"
+    )
     assert leaf.is_file()

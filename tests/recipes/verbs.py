@@ -1,4 +1,4 @@
-"""Running the verbs: in this process through their `main(argv)` (an import of torch costs seconds), and what to check after."""
+"""Running the verbs in this process through `main(argv)` (an import of torch costs seconds), and looking at results."""
 
 from __future__ import annotations
 
@@ -114,7 +114,9 @@ def load_rows(file: Path) -> list[dict[str, Any]]:
 
 def hypotheses(root: Path, variant: str, split: str = SPLITS[0]) -> dict[str, str]:
     """{utterance id: hypothesis} of a variant."""
-    return {row["id"]: row["hyp"] for row in load_rows(root / "eval" / variant / split / "hyps.jsonl")}
+    return {
+        row["id"]: row["hyp"] for row in load_rows(root / "eval" / variant / split / "hyps.jsonl")
+    }
 
 
 def tensors(stage: Path) -> dict[str, Any]:
