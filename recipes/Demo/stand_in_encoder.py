@@ -56,7 +56,7 @@ SETTINGS = {
     "held_out": 100,
 }
 FRAMES = {"steps": 320}
-CTC = {"steps": 700}
+CTC = {"steps": 1500}
 
 
 def encoder_settings(labels: str, seed: int) -> dict:

@@ -131,7 +131,10 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on(two_ranks: Study) ->
     logs = [(stage / "train_log.txt").read_text().splitlines() for stage in stages]
     assert len(logs[0]) == len(logs[1]) == 6, "step 4 is validated after the stop"
     for one, two in zip(*logs, strict=True):
-        assert one.split(" - ")[0] == two.split(" - ")[0] and one.split(" - ")[-1] == two.split(" - ")[-1]
+        assert (
+            one.split(" - ")[0] == two.split(" - ")[0]
+            and one.split(" - ")[-1] == two.split(" - ")[-1]
+        )
 
 
 @pytest.mark.slow

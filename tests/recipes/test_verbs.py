@@ -293,10 +293,9 @@ def test_report_shows_every_point(study: Study) -> None:
         rows = list(csv.DictReader(stream))
     assert len(rows) == len(SPLITS) * len(points_done(study)) > 12
     for row in rows:
-        values = {
-            load_json(file)["value"] for file in (study.root / "eval").glob("*/*/metrics.json")
-        }
-        assert any(abs(float(row["value"]) - value) < 0.01 for value in values)
+        metrics = load_json(study.root / "eval" / row["variant"] / row["eval_set"] / "metrics.json")
+        assert float(row["value"]) == pytest.approx(metrics["value"])
+        assert row["control"] == str(metrics["control"]) and row["tag"] == metrics["tag"]
     page = (folder / "report.html").read_text()
     assert "tiny random models" in page
     assert "tiny random models" in (folder / "table1.md").read_text()
