@@ -56,7 +56,7 @@ if [ -z "$corpus" ]; then
 else
   name=demo_$(basename "$corpus" | tr -c 'A-Za-z0-9_.+\n-' '_')
   note="pretrained stand-ins (tiny models trained on the spot on the train split of $(basename "$corpus"))"
-  note+="; decoder text: random strings over the train vocabulary"
+  note+="; decoder text: train transcripts and random strings over the train vocabulary"
 fi
 root=$corpus
 if [ -d "$corpus/LibriSpeech" ]; then root=$corpus/LibriSpeech; fi
