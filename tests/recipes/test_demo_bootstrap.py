@@ -11,7 +11,7 @@ import torch
 from recipes.Demo import bootstrap as cli
 from recipes.Demo.corpus import load_corpus
 from recipes.Demo.stand_in_decoder import decoder_settings, forward, train_decoder
-from recipes.Demo.stand_in_encoder import SAMPLE_RATE, encoder_settings, mel_filters
+from recipes.Demo.stand_in_encoder import SAMPLE_RATE, Audio, encoder_settings, mel_filters
 from recipes.Demo.stand_in_labels import CtcObjective, FrameObjective
 from recipes.Demo.stand_in_text import IGNORED, SlamText, text_source, train_tokenizer
 from speechllm_prune.models.decoder import load_decoder, resolve_token_ids
@@ -242,13 +242,28 @@ def test_ctc_loss_is_small_and_match_is_full_for_the_right_path(corpus_folder):
     units = len(corpus.words)
     objective = CtcObjective(corpus, width=units + 1)
     with torch.no_grad():
-        objective.head.weight.copy_(20 * torch.eye(units + 1))
+        objective.head.weight.copy_(4 * torch.eye(units + 1).repeat(1, objective.stack))
         objective.head.bias.zero_()
     path = [0, *(objective.ids[word] for word in text.split()), 0]
+    path = [unit for unit in path for _ in range(objective.stack)]  # one stack a unit
     features = torch.eye(units + 1)[torch.tensor(path)][None]
     loss, figures = objective(features, [len(path)], [uttid], 1.0)
     assert loss.item() < 1e-3
     assert figures["words_exact_match"] == 1.0
+
+
+def test_augmented_rows_sound_different_and_keep_length_and_power(corpus_folder):
+    settings = encoder_settings("ctc", 1)
+    audio = Audio(load_corpus(corpus_folder), settings)
+    uttid = audio.train[0]
+    torch.manual_seed(0)
+    wavs, lengths, speed = audio.waveforms([uttid, uttid], augment=True)
+    assert speed != 1.0 and lengths == [int(len(audio.wavs[uttid]) / speed)] * 2
+    torch.testing.assert_close(wavs.square().mean(1), torch.ones(2), rtol=1e-3, atol=1e-3)
+    spectra = torch.fft.rfft(wavs).abs().log()
+    assert (spectra[0] - spectra[1]).abs().mean() > 0.3  # two timbres of one recording
+    plain, plain_lengths, _ = audio.waveforms([uttid, uttid], augment=False)
+    assert torch.equal(plain[0], plain[1]) and plain_lengths[0] == len(audio.wavs[uttid])
 
 
 def test_mel_filters_answer_to_their_own_frequency():
