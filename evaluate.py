@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int | None:
             f"would evaluate {run.hparams['variant']} on {', '.join(run.hparams['eval_manifests'])}"
         )
         return None
-    from speechllm_prune.stages import evaluate
+    from speechllm_prune.stages.evaluate import evaluate
     from speechllm_prune.workbench import Workbench
 
     run.experiment.require("train", run.command("train", "--data_folder FOLDER"))

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int | None:
             f"would heal block size {hparams['block_size']} by {hparams['heal_mode']}: {hparams['heal_steps']} steps"
         )
         return None
-    from speechllm_prune.stages import export_variant, plan_block
+    from speechllm_prune.stages.plan import export_variant, plan_block
     from speechllm_prune.training import heal
     from speechllm_prune.workbench import Workbench
 

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int | None:
         source = run.hparams["text_file"] or run.hparams["measure_manifest"]
         print(f"would measure {run.hparams['measure_input']} on {source}")
         return None
-    from speechllm_prune.stages import measure
+    from speechllm_prune.stages.measure import measure
     from speechllm_prune.workbench import Workbench
 
     bench = Workbench(run)

@@ -24,7 +24,12 @@ def main(argv: list[str]) -> int | None:
     )
     if run is None:
         return None
-    from speechllm_prune.stages import choose_start_layer, decoder_depth, export_variant, plan_block
+    from speechllm_prune.stages.plan import (
+        choose_start_layer,
+        decoder_depth,
+        export_variant,
+        plan_block,
+    )
     from speechllm_prune.workbench import Workbench
 
     bench, size, path = Workbench(run), run.hparams["block_size"], run.hparams["path"]

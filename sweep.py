@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int | None:
     run = open_run("sweep", __doc__ or "", argv)
     if run is None:
         return None
-    from speechllm_prune.stages import choose_start_layer, decoder_depth
+    from speechllm_prune.stages.plan import choose_start_layer, decoder_depth
     from speechllm_prune.sweep import plan_points, run_sweep, shard_of
     from speechllm_prune.workbench import Workbench
 

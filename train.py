@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int | None:
             f"{stage} {state}: {run.hparams['num_steps']} steps, then evaluation on {run.hparams['eval_manifests']}"
         )
         return None
-    from speechllm_prune.stages import evaluate
+    from speechllm_prune.stages.evaluate import evaluate
     from speechllm_prune.training import train
     from speechllm_prune.workbench import Workbench
 

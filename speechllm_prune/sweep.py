@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from speechllm_prune.experiment import Variant
 from speechllm_prune.runtime import Stopped, UserError
-from speechllm_prune.stages import evaluate, plan_block
+from speechllm_prune.stages.evaluate import evaluate
+from speechllm_prune.stages.plan import plan_block
 from speechllm_prune.training import heal
 from speechllm_prune.workbench import Workbench
 
