@@ -203,7 +203,8 @@ def open_run(
     if options.print_hparams:
         print(text, end="")
         return None
-    hparams = load_resolved(text, options.leaf)
+    # Only training prepares a corpus; later verbs find the audio through the manifests.
+    hparams = load_resolved(text, options.leaf, () if verb == "train" else ("data_folder",))
     if options.check:
         print(f"{options.leaf}: ok ({len(hparams)} keys)")
         return None

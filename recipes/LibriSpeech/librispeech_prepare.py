@@ -12,13 +12,10 @@ noticed; `--overwrite` prepares again.)
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +23,16 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from speechllm_prune.data.audio import AudioInfo, BadAudio, probe_audio
-from speechllm_prune.data.manifest import Row, current_manifest, write_manifest
-from speechllm_prune.runtime import UserError, raise_if_stopped, verb
+from speechllm_prune.data.manifest import Row
+from speechllm_prune.data.preparation import (
+    SplitBuilder,
+    prepare_parser,
+    probe_all,
+    split_names,
+    text_lines,
+)
+from speechllm_prune.runtime import UserError, verb
 
-SAMPLE_RATE = 16000
 AUDIO_SUFFIXES = (".flac", ".wav")
 OFFICIAL_UTTERANCES = {
     "train-clean-100": 28539,
@@ -77,9 +79,13 @@ def prepare_librispeech(
         If a folder or split is missing or empty, has no transcripts, or too much of it is bad.
     """
     root = find_corpus(data_folder)
+    chosen = _choose_splits(root, splits)
+    missing = [split for split in OFFICIAL_UTTERANCES if split not in chosen]
+    if splits is None and 0 < len(missing) < len(OFFICIAL_UTTERANCES):
+        print(f"not in {root}: {', '.join(missing)}")
     return {
         split: _prepare_split(root, split, Path(manifest_folder), max_bad_share, skip_existing)
-        for split in _choose_splits(root, splits)
+        for split in chosen
     }
 
 
@@ -197,14 +203,7 @@ def _scan(root: Path, split: str) -> _Scan:
 
 def _parse_transcript(path: Path, content: bytes) -> Iterable[tuple[str, str]]:
     """(ID, text) of each line. A byte-order mark and CRLF are accepted, blank lines are not entries."""
-    try:
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
-        ) from None
-    for line in lines:
+    for line in text_lines(path, content):
         if line.strip():
             utterance, *words = line.split()
             yield utterance, " ".join(words)
@@ -225,121 +224,40 @@ def _select(scan: _Scan) -> list[str]:
     return chosen
 
 
-def _probe_all(paths: Sequence[Path], title: str) -> list[AudioInfo | BadAudio]:
-    """Header of each file, or why it cannot be used; read in threads, since this waits for the disk."""
-    from tqdm import tqdm
-
-    def probe(path: Path) -> AudioInfo | BadAudio:
-        try:
-            return probe_audio(path)
-        except BadAudio as error:
-            return error
-
-    results = []
-    with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
-        try:
-            for result in tqdm(
-                pool.map(probe, paths), total=len(paths), desc=title, unit="file", disable=None
-            ):
-                results.append(result)
-                raise_if_stopped()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
-
-
 # -------------------------------------------------------------------------------------- write splits
 def _prepare_split(
     root: Path, split: str, manifest_folder: Path, max_bad_share: float, skip_existing: bool
 ) -> dict[str, Any]:
-    csv_path = manifest_folder / f"{split}.csv"
     scan = _scan(root, split)
+    builder = SplitBuilder(split, root, scan.fingerprint)
     if skip_existing:
-        summary = current_manifest(csv_path, root, scan.fingerprint, max_bad_share)
+        summary = builder.kept(manifest_folder, max_bad_share)
         if summary is not None:
-            counts = summary["counts"]
-            print(
-                f"{csv_path}: kept, the corpus has not changed ({counts['utterances']} utterances, "
-                f"{sum(counts['skipped'].values())} skipped)"
-            )
             return summary
     chosen = _select(scan)
-    rows, rates, several_channels = [], Counter[int](), 0
-    probed = _probe_all([root / scan.audio[utterance] for utterance in chosen], split)
+    builder.skipped = scan.skipped
+    probed = probe_all([root / scan.audio[utterance] for utterance in chosen], split)
     for utterance, info in zip(chosen, probed, strict=True):
-        if isinstance(info, BadAudio):
-            scan.skipped.append((utterance, str(info)))
-            continue
-        rates[info.sample_rate] += 1
-        several_channels += info.channels > 1
         wav = scan.audio[utterance].as_posix()
-        rows.append(Row(utterance, round(info.duration, 6), wav, scan.texts[utterance]))
-    rates.pop(SAMPLE_RATE, None)
-    summary = write_manifest(
-        manifest_folder,
-        split,
-        rows,
-        sorted(scan.skipped),
-        root,
-        max_bad_share,
-        extra={"fingerprint": scan.fingerprint, "several_channels": several_channels},
-        resampled=rates,
-    )
-    _tell(csv_path, summary, print)
-    return summary
-
-
-def _tell(csv_path: Path, summary: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Say what was found, what was left out and what will be changed."""
-    counts, split = summary["counts"], summary["split"]
-    say(f"{csv_path}: {counts['utterances']} utterances, {summary['hours']:.3f} h")
-    for reason, count in counts["skipped"].items():
-        say(f"  skipped: {count} {reason} (listed in {csv_path.with_suffix('.skipped.csv')})")
-    for rate, count in counts["resampled"].items():
-        say(
-            f"  {count} utterances at {rate} Hz: resampled to {SAMPLE_RATE} Hz when they are loaded"
-        )
-    if summary["several_channels"]:
-        say(
-            f"  {summary['several_channels']} utterances with several channels: averaged when they are loaded"
-        )
-    total = counts["utterances"] + sum(counts["skipped"].values())
-    official = OFFICIAL_UTTERANCES.get(split, total)
-    if total != official:
-        say(
-            f"  warning: LibriSpeech {split} has {official} utterances, here are {total}: a part, or another corpus"
-        )
+        builder.add(Row(utterance, 0.0, wav, scan.texts[utterance]), info)
+    official = OFFICIAL_UTTERANCES.get(split)
+    return builder.write(manifest_folder, max_bad_share, corpus="LibriSpeech", official=official)
 
 
 @verb
 def main(argv: list[str]) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description="Prepare manifests of LibriSpeech, or of a corpus in its layout.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "data_folder", help="the corpus folder, or its parent (holding LibriSpeech/)"
-    )
-    parser.add_argument(
-        "manifest_folder", help="where <split>.csv goes, such as results/manifests/librispeech"
-    )
-    parser.add_argument(
-        "--splits", help="comma-separated, such as dev-clean,test-clean (default: all found)"
-    )
-    parser.add_argument(
-        "--max_bad_share", type=float, default=0.01, help="accepted share of unusable utterances"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="prepare again, even if nothing changed"
+    parser = prepare_parser(
+        "Prepare manifests of LibriSpeech, or of a corpus in its layout.",
+        "the corpus folder, or its parent (holding LibriSpeech/)",
+        "librispeech",
+        "dev-clean,test-clean (default: all found)",
     )
     arguments = parser.parse_args(argv)
-    splits = arguments.splits
     prepare_librispeech(
         arguments.data_folder,
         arguments.manifest_folder,
-        None if splits is None else [split.strip() for split in splits.split(",") if split.strip()],
+        split_names(arguments.splits),
         arguments.max_bad_share,
         skip_existing=not arguments.overwrite,
     )

@@ -87,12 +87,19 @@ def prepare_command(csv_path: str | Path) -> str:
     -------
     >>> prepare_command("results/manifests/librispeech/dev-clean.csv")
     'python recipes/LibriSpeech/librispeech_prepare.py DATA_FOLDER results/manifests/librispeech'
+    >>> prepare_command("m/covost2_en_de_standard/dev.csv").removeprefix("python recipes/CoVoST2/")
+    'covost2_prepare.py DATA_FOLDER m/covost2_en_de_standard --source en --target de --protocol standard'
     """
     folder = Path(csv_path).parent
     repo = Path(__file__).resolve().parents[2]
     scripts = sorted(repo.glob(f"recipes/*/{folder.name.split('_')[0]}_prepare.py"))
     script = scripts[0].relative_to(repo) if scripts else Path("recipes/CORPUS/corpus_prepare.py")
-    return f"python {script.as_posix()} DATA_FOLDER {folder.as_posix()}"
+    names = folder.name.split("_")[1:]  # <corpus>_<source>_<target>_<protocol> for translation
+    options = (
+        zip(("--source", "--target", "--protocol"), names, strict=True) if len(names) == 3 else ()
+    )
+    told = "".join(f" {option} {name}" for option, name in options)
+    return f"python {script.as_posix()} DATA_FOLDER {folder.as_posix()}{told}"
 
 
 # ------------------------------------------------------------------------------------------ write
@@ -105,6 +112,7 @@ def write_manifest(
     max_bad_share: float = 0.01,
     extra: Mapping[str, Any] | None = None,
     resampled: Mapping[int, int] | None = None,
+    filtered: Sequence[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Write one split: the skipped list, the csv, and last the json that marks them complete.
 
@@ -126,6 +134,8 @@ def write_manifest(
         Further entries of the json.
     resampled : mapping, optional
         Number of utterances by sample rate, for rates that loading will change.
+    filtered : sequence of (id, reason), optional
+        Utterances that a protocol leaves out: listed and counted like the skipped ones, but no fault of the corpus.
 
     Returns
     -------
@@ -141,11 +151,9 @@ def write_manifest(
     try:
         # Whatever an earlier run left is no longer complete from here on.
         csv_path.with_suffix(".json").unlink(missing_ok=True)
-        skipped_path = write_text(
-            csv_path.with_suffix(".skipped.csv"), _csv(("id", "reason"), skipped)
-        )
-        reasons = dict(sorted(Counter(reason for _, reason in skipped).items()))
-        _check_share(split, len(rows), reasons, max_bad_share, skipped_path)
+        skipped_path = write_skipped(csv_path, [*skipped, *(filtered or [])])
+        reasons, left_out = _count(skipped), _count(filtered or [])
+        _check_share(split, len(rows), reasons, max_bad_share, skipped_path, left_out)
         _check_rows(rows, split)
         with_source = any(row.source_text is not None for row in rows)
         columns = (*COLUMNS, "source_text") if with_source else COLUMNS
@@ -154,7 +162,7 @@ def write_manifest(
             "utterances": len(rows),
             "skipped": reasons,
             "resampled": {str(rate): n for rate, n in sorted((resampled or {}).items())},
-        }
+        } | ({} if filtered is None else {"filtered": left_out})
         summary = (
             provenance(sha256_json({"split": split, **(extra or {})}))
             | {"split": split, "data_root": os.path.abspath(data_root), "counts": counts}
@@ -165,6 +173,15 @@ def write_manifest(
     except OSError as error:
         raise UserError(f"cannot write the manifest {csv_path}: {error}") from None
     return summary
+
+
+def write_skipped(csv_path: Path, skipped: Sequence[tuple[str, str]]) -> Path:
+    """Write the skipped list of a manifest."""
+    return write_text(csv_path.with_suffix(".skipped.csv"), _csv(("id", "reason"), skipped))
+
+
+def _count(skipped: Sequence[tuple[str, str]]) -> dict[str, int]:
+    return dict(sorted(Counter(reason for _, reason in skipped).items()))
 
 
 def current_manifest(
@@ -197,7 +214,12 @@ def current_manifest(
 
 
 def _check_share(
-    split: str, good: int, reasons: Mapping[str, int], max_bad_share: float, skipped_path: Path
+    split: str,
+    good: int,
+    reasons: Mapping[str, int],
+    max_bad_share: float,
+    skipped_path: Path,
+    left_out: Mapping[str, int] | None = None,
 ) -> None:
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"max_bad_share is a share from 0 to 1, not {max_bad_share:g}")
@@ -209,6 +231,9 @@ def _check_share(
             if bad
             else "no utterance found"
         )
+        if left_out:
+            told = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            found = f"the protocol leaves out {sum(left_out.values())} ({told}), {bad} are unusable; see {skipped_path}"
         raise UserError(f"split '{split}' is empty: {found}")
     if bad / (good + bad) > max_bad_share:
         raise UserError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from speechllm_prune.data.batching import collate
 from speechllm_prune.data.features import FeatureStore
-from speechllm_prune.data.manifest import Row
+from speechllm_prune.data.manifest import Row, split_wav
+from speechllm_prune.data.parquet import read_audio_bytes
 from speechllm_prune.data.prompt import encode_target
 from speechllm_prune.models.encoder import SAMPLE_RATE
 from speechllm_prune.runtime import UserError
@@ -30,7 +32,7 @@ def read_audio(path: str | Path) -> Tensor:
     Arguments
     ---------
     path : str or Path
-        Any format that libsndfile reads.
+        Any format that libsndfile reads; `x.parquet#17` is the audio in row 17 of a parquet file.
 
     Returns
     -------
@@ -42,8 +44,10 @@ def read_audio(path: str | Path) -> Tensor:
     UserError
         If the file cannot be read, is empty, or holds NaN or infinite samples.
     """
+    file, row = split_wav(str(path))
+    source = file if row is None else io.BytesIO(read_audio_bytes(file, row))
     try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"cannot read the audio file {path}: {error}") from None
     return to_mono_16khz(torch.from_numpy(samples.T), rate, str(path))
@@ -57,6 +61,22 @@ def to_mono_16khz(samples: Tensor, rate: int, name: str) -> Tensor:
         raise UserError(f"{name} holds NaN or infinite samples")
     mono = samples.mean(dim=0)
     return torchaudio.functional.resample(mono, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else mono
+
+
+def read_utterance(row: Row) -> Tensor:
+    """Audio of a manifest row; what is wrong with it is said with its id.
+
+    Raises
+    ------
+    UserError
+        As `read_audio`.
+    """
+    try:
+        return read_audio(row.wav)
+    except UserError as error:
+        raise UserError(
+            f"utterance {row.ID}: {error}; repair the corpus, or prepare its manifest again to skip it"
+        ) from None
 
 
 def num_samples(duration: float) -> int:
@@ -89,13 +109,27 @@ class Utterances:
 
     def loader(self, batches: Any, num_workers: int = 0) -> DataLoader:
         """A loader over a list of index batches or a batch sampler."""
-        return DataLoader(
+        return _Loader(
             self.dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+class _Loader(DataLoader):
+    """A DataLoader through which a user's mistake passes as one message.
+
+    torch hands on what a worker process raised with the worker's traceback in its text.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            name = f"{UserError.__module__}.{UserError.__qualname__}: "
+            raise UserError(str(error).rpartition(name)[2].strip()) from None
 
 
 def make_utterances(
@@ -124,7 +158,7 @@ def make_utterances(
     @sb.utils.data_pipeline.provides("audio")
     def audio_pipeline(utterance: str) -> Tensor:
         source = audio_of.get(utterance, utterance)
-        return features.read(source) if features is not None else read_audio(by_id[source].wav)
+        return features.read(source) if features is not None else read_utterance(by_id[source])
 
     @sb.utils.data_pipeline.takes("text")
     @sb.utils.data_pipeline.provides("target_ids")

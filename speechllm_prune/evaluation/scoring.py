@@ -9,9 +9,11 @@ spellings and contractions; it is applied to both sides.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from speechllm_prune.runtime import UserError
 
@@ -139,6 +141,66 @@ def score_wer(
         if row.errors
     ]
     return WerResult(wer, total, rows, "\n".join([head, *shown]), name)
+
+
+def wer_by_source(
+    ids: Sequence[str], rows: Sequence[Mapping[str, int]], patterns: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """WER of each source of a mixed corpus, where the utterance id tells the source.
+
+    Arguments
+    ---------
+    ids : sequence of str
+        Utterance ids.
+    rows : sequence of mapping
+        Fields of `ErrorCounts` of each utterance.
+    patterns : mapping
+        {source: regular expression of its whole ids}, the first match counts; other ids are of the source `other`.
+
+    Returns
+    -------
+    dict
+        {source: value (percent, None without reference words), num_utterances, and the counts}.
+
+    Example
+    -------
+    >>> rows = [dict(substitutions=1, deletions=0, insertions=0, reference_words=4)] * 3
+    >>> found = wer_by_source(["84-1-1", "84-1-2", "x"], rows, {"librispeech": r"\\d+-\\d+-\\d+"})
+    >>> [(name, facts["value"], facts["num_utterances"]) for name, facts in found.items()]
+    [('librispeech', 25.0, 2), ('other', 25.0, 1)]
+    """
+    groups: dict[str, list[Mapping[str, int]]] = {name: [] for name in (*patterns, "other")}
+    for utterance, row in zip(ids, rows, strict=True):
+        name = next((name for name in patterns if re.fullmatch(patterns[name], utterance)), "other")
+        groups[name].append(row)
+    found: dict[str, dict[str, Any]] = {}
+    for name, members in groups.items():
+        if not members:
+            continue
+        fields = ("substitutions", "deletions", "insertions", "reference_words")
+        counts = {key: sum(row[key] for row in members) for key in fields}
+        words = counts["reference_words"]
+        value = 100 * sum(counts[key] for key in fields[:3]) / words if words else None
+        found[name] = {"value": value, "num_utterances": len(members), **counts}
+    return found
+
+
+def manifest_facts(
+    summary: Mapping[str, Any], ids: Sequence[str], rows: Sequence[Mapping[str, int]]
+) -> dict[str, Any]:
+    """What a manifest's json adds to the results on it: its protocol, and the WER of each source in it.
+
+    Example
+    -------
+    >>> manifest_facts({"protocol": "standard"}, ["a"], [{}])
+    {'protocol': 'standard'}
+    """
+    facts: dict[str, Any] = {}
+    if summary.get("protocol"):
+        facts["protocol"] = summary["protocol"]
+    if summary.get("source_patterns") and all(rows):
+        facts["by_source"] = wer_by_source(ids, rows, summary["source_patterns"])
+    return facts
 
 
 Piece = tuple[str, list[str], list[str]]

@@ -1,4 +1,4 @@
-"""Facts about the public checkpoints of the leaves: config values, token roles, parameter counts. Nothing is downloaded.
+"""Facts about the public checkpoints of the leaves: config values, token roles, parameter counts. Nothing to download.
 
 Training never reads this table: sizes and token ids come from the models themselves. It lets every leaf be built on the
 meta device where no weights are, so that dimensions, adapter targets and parameter counts are checked before anybody
@@ -30,7 +30,7 @@ class DecoderFacts:
     special_tokens : dict
         Text and id of the tokens that matter here.
     config : dict
-        Values of config.json that are not its class's defaults.
+        The values of config.json that decide shapes and tokens.
     gated : bool
         Whether its licence must be accepted before the download.
     """
@@ -59,7 +59,7 @@ class EncoderFacts:
     do_normalize : bool
         Whether its preprocessor brings waveforms to zero mean and unit variance.
     config : dict
-        Values of config.json that are not its class's defaults.
+        The values of config.json that decide shapes and tokens.
     """
 
     model_type: str

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipes.conftest import MakeLeaf
-from tests.recipes.verbs import good, load_json, load_rows
+from recipes.Loquacious.loquacious_prepare import main as loquacious_prepare
+from tests.recipes.conftest import MakeLeaf, Study
+from tests.recipes.verbs import good, load_json, load_rows, refused
 
 
 @pytest.fixture
@@ -66,6 +67,123 @@ def test_librispeech(make_leaf: MakeLeaf, librispeech_mini: Path) -> None:
         assert key.replace("/", "-") in out
     distance = load_file(study.root / "measure/speech/distances.safetensors")["distance"]
     assert torch.isfinite(distance[0]).all()
+
+
+SHORT = {
+    "num_steps": 2,
+    "valid_interval": 1,
+    "heal_steps": 1,
+    "valid_utterances": 2,
+    "max_tokens_per_second": 1.0,
+}
+
+
+def corpus_of(shared_data: Path, name: str) -> Path:
+    """A folder of the real sample data."""
+    if not (shared_data / name).is_dir():
+        pytest.skip(f"no {name} in {shared_data}")
+    return shared_data / name
+
+
+def whole_study(study: Study) -> None:
+    """Train, measure, heal, evaluate, report."""
+    good("train", study.leaf)
+    good("measure", study.leaf)
+    good("sweep", study.leaf, "--block_sizes", "2", "--heal_modes", "joint")
+    distance = load_file(study.root / "measure/speech/distances.safetensors")["distance"]
+    assert torch.isfinite(distance[0]).all()
+
+
+@pytest.mark.slow
+def test_loquacious(make_leaf: MakeLeaf, shared_data: Path) -> None:
+    """Audio from parquet rows, by the prepare hook; WER for each source that the ids tell."""
+    study = make_leaf(
+        data_folder=str(corpus_of(shared_data, "loquacious_mini")),
+        prepare="recipes.Loquacious.loquacious_prepare.prepare_loquacious",
+        train_manifests=["loquacious/train"],
+        valid_manifest="loquacious/dev",
+        measure_manifest="loquacious/dev",
+        eval_manifests=["loquacious/dev", "loquacious/test"],
+        num_workers=1,
+        cache_features=False,
+        **SHORT,
+    )
+    whole_study(study)
+    for split, count in (("dev", 4), ("test", 3)):
+        for variant in ("full", study.variant(2)):
+            metrics = load_json(study.root / f"eval/{variant}/loquacious-{split}/metrics.json")
+            assert metrics["num_utterances"] == count and metrics["reference_words"] > 10
+            assert "protocol" not in metrics
+            # All of the fixture is LibriSpeech, so that the one source has all the errors.
+            (source,) = metrics["by_source"].items()
+            assert source[0] == "librispeech" and source[1]["num_utterances"] == count
+            assert source[1]["value"] == pytest.approx(metrics["value"])
+            assert source[1]["reference_words"] == metrics["reference_words"]
+    assert "loquacious-test" in good("report", study.root).out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "target", "protocol", "num_tests"),
+    [("fr", "en", "standard", 3), ("en", "de", "speechbrain", 1)],
+)
+def test_covost2(
+    make_leaf: MakeLeaf,
+    shared_data: Path,
+    source: str,
+    target: str,
+    protocol: str,
+    num_tests: int,
+) -> None:
+    """mp3 at 48 kHz to BLEU; the names of the manifests are all that preparation needs."""
+    corpus = f"covost2_{source}_{target}_{protocol}"
+    study = make_leaf(
+        data_folder=str(corpus_of(shared_data, "covost_mini")),
+        task="ast",
+        target_language=target,
+        text_case="keep",
+        prompt=f"Translate {source} speech to {target} text.",
+        prepare="recipes.CoVoST2.covost2_prepare.prepare_covost2",
+        train_manifests=[f"{corpus}/train"],
+        valid_manifest=f"{corpus}/dev",
+        measure_manifest=f"{corpus}/dev",
+        eval_manifests=[f"{corpus}/test"],
+        **SHORT,
+    )
+    whole_study(study)
+    summary = load_json(study.results / f"manifests/{corpus}/test.json")
+    for variant in ("full", study.variant(2)):
+        folder = study.root / f"eval/{variant}/{corpus}-test"
+        metrics, rows = load_json(folder / "metrics.json"), load_rows(folder / "hyps.jsonl")
+        assert metrics["protocol"] == summary["protocol"] == protocol
+        assert metrics["metric"] == "bleu" and "case:mixed" in metrics["signature"]
+        assert len(rows) == metrics["num_utterances"] == num_tests
+        assert all(
+            (row["ref"] == row["ref"].lower()) == (protocol == "speechbrain") for row in rows[:1]
+        )
+    assert f"{corpus}-test" in good("report", study.root).out
+
+
+@pytest.mark.slow
+def test_another_corpus_is_prepared_by_its_own_command(
+    make_leaf: MakeLeaf, librispeech_mini: Path, shared_data: Path
+) -> None:
+    """As in the paper: trained on LibriSpeech, evaluated on Loquacious dev as well."""
+    study = make_leaf(
+        data_folder=str(librispeech_mini),
+        eval_manifests=["loquacious/dev"],
+        **SHORT,
+    )
+    outcome = good("train", study.leaf)
+    assert "warning: the evaluation manifest loquacious/dev is not prepared" in outcome.err
+    message = refused("evaluate", study.leaf)
+    folder = study.results / "manifests/loquacious"
+    assert f"recipes/Loquacious/loquacious_prepare.py DATA_FOLDER {folder}" in message
+    data = str(corpus_of(shared_data, "loquacious_mini"))
+    assert loquacious_prepare([data, str(folder), "--splits", "dev"]) == 0
+    good("evaluate", study.leaf)
+    metrics = load_json(study.root / "eval/full/loquacious-dev/metrics.json")
+    assert metrics["num_utterances"] == 4 and list(metrics["by_source"]) == ["librispeech"]
 
 
 @pytest.mark.slow
