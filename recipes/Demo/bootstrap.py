@@ -3,10 +3,12 @@
 
     python recipes/Demo/bootstrap.py encoder --corpus FOLDER --stand_ins results/stand_ins/demo
     python recipes/Demo/bootstrap.py decoder --corpus FOLDER --stand_ins results/stand_ins/demo [--family llama]
+    python recipes/Demo/bootstrap.py encoder --corpus AST_FOLDER --language fr --stand_ins results/stand_ins/demo_ast
 
 writes STAND_INS/encoder, or STAND_INS/decoder and STAND_INS/decoder_random (same configuration and tokenizer, weights
 untrained), each a folder as from the hub plus bootstrap.json. The two commands may run side by side. Only the train
 splits are learned from. A model that was made from the same files and settings is kept; --fresh makes it again.
+AST_FOLDER is a folder of synthesise_ast.py: its decoder transcribes English and translates En-De and Fr-En.
 """
 
 import argparse
@@ -15,11 +17,13 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.Demo.corpus import Corpus, load_corpus
+from recipes.Demo.corpus_ast import ParallelText, is_translation_corpus, load_speech, load_text
 from speechllm_prune.experiment import (
     PACKAGE_VERSION,
     SCHEMA,
@@ -36,7 +40,7 @@ NOTE = (
 )
 
 
-def identity(corpus: Corpus, settings: dict) -> str:
+def identity(corpus: Corpus | ParallelText, settings: dict) -> str:
     """Hash of all that decides the weights: the settings and the content of the corpus files."""
     files = {
         str(path.relative_to(corpus.root.parent)): sha256_file(path) for path in corpus.files()
@@ -61,15 +65,17 @@ def install(built: Path, target: Path, record: dict) -> None:
     os.rename(built, target)
 
 
-def bootstrap(model: str, corpus: Corpus, stand_ins: Path, settings: dict, fresh: bool) -> bool:
+def bootstrap(
+    model: str, corpus: Corpus | ParallelText, stand_ins: Path, settings: dict, fresh: bool
+) -> bool:
     """Make one of the two stand-ins unless it is there.
 
     Arguments
     ---------
     model : str
         ``encoder`` or ``decoder``.
-    corpus : Corpus
-        Where to learn from.
+    corpus : Corpus or ParallelText
+        Where to learn from; parallel text makes a decoder that translates.
     stand_ins : Path
         Folder of the stand-ins.
     settings : dict
@@ -90,7 +96,7 @@ def bootstrap(model: str, corpus: Corpus, stand_ins: Path, settings: dict, fresh
         return False
     stand_ins.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{model}-", dir=stand_ins) as building:
-        figures = _trainer(model)(corpus, settings, Path(building))
+        figures = _trainer(model, corpus)(corpus, settings, Path(building))
         for kind, target in targets.items():
             record = {
                 "schema": SCHEMA,
@@ -105,7 +111,7 @@ def bootstrap(model: str, corpus: Corpus, stand_ins: Path, settings: dict, fresh
     return True
 
 
-def _trainer(model: str):
+def _trainer(model: str, corpus: Corpus | ParallelText) -> Callable[..., dict]:
     """The training function; imported late, since it needs torch."""
     import torch
     from transformers.utils import logging
@@ -118,6 +124,10 @@ def _trainer(model: str):
         from recipes.Demo.stand_in_encoder import train_encoder
 
         return train_encoder
+    if isinstance(corpus, ParallelText):
+        from recipes.Demo.stand_in_translator import train_translator
+
+        return train_translator
     from recipes.Demo.stand_in_decoder import train_decoder
 
     return train_decoder
@@ -128,8 +138,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("model", choices=["encoder", "decoder"], help="which one to make")
     parser.add_argument(
-        "--corpus", required=True, help="folder in LibriSpeech layout, or its parent"
+        "--corpus", required=True, help="folder in LibriSpeech layout or its parent, or AST_FOLDER"
     )
+    parser.add_argument("--language", help="of the speech in AST_FOLDER that the encoder learns")
     parser.add_argument("--stand_ins", required=True, type=Path, help="folder to put the models in")
     parser.add_argument(
         "--family", choices=["qwen2", "llama"], default="qwen2", help="of the decoder"
@@ -145,20 +156,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def plan(arguments: argparse.Namespace) -> tuple[Corpus | ParallelText, dict]:
+    """What to learn from, and the settings."""
+    translating = is_translation_corpus(arguments.corpus)
+    if arguments.model == "encoder":
+        from recipes.Demo.stand_in_encoder import encoder_settings
+
+        if translating:
+            speech: Corpus = load_speech(arguments.corpus, arguments.language or "")
+        else:
+            speech = load_corpus(arguments.corpus)
+        default = "frames" if speech.labels_file else "ctc"
+        return speech, encoder_settings(arguments.labels or default, arguments.seed)
+    if translating:
+        from recipes.Demo.stand_in_translator import translator_settings
+
+        return load_text(arguments.corpus), translator_settings(arguments.family, arguments.seed)
+    from recipes.Demo.stand_in_decoder import decoder_settings
+
+    corpus = load_corpus(arguments.corpus)
+    return corpus, decoder_settings(corpus, arguments.family, arguments.prompt, arguments.seed)
+
+
 @verb
 def main(argv: list[str]) -> None:
     """Command line."""
     arguments = parse(argv)
-    corpus = load_corpus(arguments.corpus)
-    if arguments.model == "encoder":
-        from recipes.Demo.stand_in_encoder import encoder_settings
-
-        default = "frames" if corpus.labels_file else "ctc"
-        settings = encoder_settings(arguments.labels or default, arguments.seed)
-    else:
-        from recipes.Demo.stand_in_decoder import decoder_settings
-
-        settings = decoder_settings(corpus, arguments.family, arguments.prompt, arguments.seed)
+    corpus, settings = plan(arguments)
     made = bootstrap(arguments.model, corpus, arguments.stand_ins, settings, arguments.fresh)
     record = read_json(arguments.stand_ins / arguments.model / "bootstrap.json")
     figures = {key: value for key, value in record.items() if key.startswith("held_out")}

@@ -134,7 +134,7 @@ class Espeak:
         Arguments
         ---------
         text : str
-            ASCII text without punctuation.
+            Lower-case text without punctuation.
 
         Returns
         -------
@@ -142,7 +142,7 @@ class Espeak:
             Samples, phonemes and words with the samples where they start.
         """
         self._chunks, self._events = [], []
-        encoded = text.encode("ascii") + b"\0"
+        encoded = text.encode() + b"\0"
         status = self._library.espeak_Synth(encoded, len(encoded), 0, 1, 0, 1, None, None)
         if status != 0 or not self._chunks:
             raise RuntimeError(f"eSpeak NG said nothing for {text!r} (status {status})")

@@ -129,4 +129,28 @@ fi
 
 say "report"
 "$PYTHON" report.py "$results/$name/$seed" "$results/${name}_random/$seed"
+
+# ------------------------------------------------------------ the chosen model
+# The largest block within tolerance after joint healing (Table 1), or else the smallest one that was healed jointly.
+choose='
+import csv, pathlib, re, sys
+root = pathlib.Path(sys.argv[1])
+rows = csv.DictReader(open(root / "report" / "table1.csv", encoding="utf-8"))
+names = [row["variant"] for row in rows if row["row"] == "largest"]
+healed = [done.parent.name for done in root.glob("heal/l*-joint/DONE.json")]
+names += sorted(healed, key=lambda name: int(re.findall(r"[0-9]+", name)[1]))
+print(names[0] if names else "")
+'
+chosen=$("$PYTHON" -c "$choose" "$results/$name/$seed")
+if [ -n "$chosen" ]; then
+  size=${chosen#l*n}
+  size=$((10#${size%%-*}))
+  say "exporting $chosen, and what it hears in one held-out file"
+  run heal "${models[@]}" --block_size "$size" --heal_mode joint --export
+  split=${tests#",$name/"}
+  split=${split%%,*}
+  audio=$(compgen -G "$root/$split/*/*/*.[fw][la][av]*" | sort | sed -n 1p)
+  "$PYTHON" transcribe.py "$results/$name/$seed/heal/$chosen/export" "$audio"
+  echo "reference: $(cat "$(dirname "$audio")"/*.trans.txt | grep "^$(basename "${audio%.*}") ")"
+fi
 say "done; open $results/$name/$seed/report/report.html"

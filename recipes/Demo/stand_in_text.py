@@ -134,18 +134,24 @@ class SlamText:
         self._inner: dict[str, list[int]] = {}
 
     def __call__(
-        self, text: str, rng: random.Random, plain: bool | None = None
+        self,
+        text: str,
+        rng: random.Random,
+        plain: bool | None = None,
+        source: str | None = None,
     ) -> tuple[list[int], list[int], int]:
         """One example.
 
         Arguments
         ---------
         text : str
-            Lower-case text.
+            What is to be written.
         rng : random.Random
             Source of randomness.
         plain : bool, optional
             Whether the example is the bare text; drawn if None.
+        source : str, optional
+            What is heard, where that is not the text itself (translation).
 
         Returns
         -------
@@ -158,7 +164,7 @@ class SlamText:
             plain = rng.random() < self.plain_share
         if plain:
             return target, target[1:] + [self.eos], 0
-        speech = self.stretched(text.split(), rng)
+        speech = self.stretched((text if source is None else source).split(), rng)
         ids = speech + self.prompt + target
         # As in the library: the row of the last prompt token predicts the first target token.
         labels = [IGNORED] * (len(speech) + len(self.prompt) - 1) + target + [self.eos]

@@ -25,8 +25,9 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -284,17 +285,10 @@ def synthesise(out_folder: str | Path, seed: int, settings: dict = SETTINGS) -> 
     bool
         Whether anything was written.
     """
-    out = Path(out_folder).resolve()
     config_hash = sha256_json(settings | {"seed": seed, "grammar": sha256_file(grammar.__file__)})
-    marker = out / "synthesis.json"
-    if marker.is_file() and read_json(marker).get("config_hash") == config_hash:
-        return False
-    if out.exists() and not marker.is_file() and any(out.iterdir()):
-        raise UserError(f"{out} holds other files; name a new folder, or empty it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    texts = corpus_texts(seed, settings)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+
+    def fill(building: Path) -> dict:
+        texts = corpus_texts(seed, settings)
         _run_workers(texts, seed, building, settings)
         write_text(building / "LibriSpeech" / "SPEAKERS.TXT", speakers_txt())
         lm_text = [
@@ -304,10 +298,40 @@ def synthesise(out_folder: str | Path, seed: int, settings: dict = SETTINGS) -> 
         splits = settings["splits"]
         facts = {"utterances": {split: len(texts[split]) for split in splits}}
         facts["words"] = {s: sum(len(text.split()) for text in texts[s]) for s in splits}
-        write_json(
-            building / "synthesis.json",
-            {"config_hash": config_hash, "seed": seed, "settings": settings} | facts,
-        )
+        return {"seed": seed, "settings": settings} | facts
+
+    return make_corpus(out_folder, config_hash, fill)
+
+
+def make_corpus(
+    out_folder: str | Path, config_hash: str, fill: Callable[[Path], dict[str, Any]]
+) -> bool:
+    """Make the folder of a corpus, whole or not at all, unless it already holds that corpus.
+
+    Arguments
+    ---------
+    out_folder : str or Path
+        Folder to make. If it exists it must be empty or hold a corpus of this program.
+    config_hash : str
+        Of all that decides the content.
+    fill : callable
+        ``fill(folder) -> facts``: writes the content into an empty folder; the facts go to synthesis.json.
+
+    Returns
+    -------
+    bool
+        Whether anything was written.
+    """
+    out = Path(out_folder).resolve()
+    marker = out / "synthesis.json"
+    if marker.is_file() and read_json(marker).get("config_hash") == config_hash:
+        return False
+    if out.exists() and not marker.is_file() and any(out.iterdir()):
+        raise UserError(f"{out} holds other files; name a new folder, or empty it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        write_json(building / "synthesis.json", {"config_hash": config_hash} | fill(building))
         os.chmod(building, 0o755)  # mkdtemp makes it private
         if out.exists():
             shutil.rmtree(out)
