@@ -6,9 +6,9 @@
     python report.py results/first results/second --compare
     python report.py --paper                               # the paper's own numbers through the same functions
 
-Writes table1, points and matrices (.md, .csv), pruning curves and heatmaps (.png, .svg) and report.html into the
-experiment's report/ folder, or into results/report/ if several experiments with results are given. Experiments that
-were only measured are material to compare with and do not count as several.
+Writes table1, points, matrices and redundancy (.md, .csv), pruning curves and heatmaps (.png, .svg) and report.html
+into the experiment's report/ folder, or into results/report/ if several experiments with results are given. Experiments
+that were only measured are material to compare with and do not count as several.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="points of equal depth side by side, against the first",
+        help="matrices, paths and points of equal depth side by side, against the first",
     )
     parser.add_argument(
         "--tolerance",
@@ -73,6 +73,8 @@ def main(argv: list[str]) -> int | None:
     report = build_report(arguments.folders, arguments.tolerance, arguments.compare)
     if report.table1:
         print(report.table1)
+    if report.compared:
+        print(report.compared)
     for line in report.incomplete:
         print(f"incomplete: {line}", file=sys.stderr)
     print(f"report: {report.page}")

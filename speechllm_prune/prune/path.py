@@ -6,6 +6,7 @@ A matrix is a nested sequence or array with row n-1 and column l, NaN where a bl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -46,6 +47,41 @@ def path_margins(matrix: Any, allow_last: bool = False) -> dict[int, float | Non
     ranked = _ranked(matrix, allow_last)
     return {
         n: blocks[1][0] - blocks[0][0] if len(blocks) > 1 else None for n, blocks in ranked.items()
+    }
+
+
+def bootstrap_share(
+    samples: Any, path: Mapping[int, int], draws: int = 200, seed: int = 0
+) -> dict[int, float]:
+    """Share of resampled sets of utterances whose path takes the same block, for every block size.
+
+    Arguments
+    ---------
+    samples : array-like
+        [N, L, L] distances of the single utterances, in an order that does not depend on how they were measured.
+    path : mapping
+        The path {n: l} of all utterances together.
+    draws, seed : int, int
+        Number of resampled sets, random seed.
+
+    Example
+    -------
+    >>> steady, swinging = [[0.1, 0.3, 0.9], [0.5, 0, 0], [1, 0, 0]], [[0.7, 0.3, 0.9], [0.5, 0, 0], [1, 0, 0]]
+    >>> bootstrap_share([steady, steady], {1: 0, 2: 0})
+    {1: 1.0, 2: 1.0}
+    >>> 0.5 < bootstrap_share([steady, steady, steady, swinging], {1: 0, 2: 0})[1] < 1.0
+    True
+    """
+    import numpy as np
+
+    samples = np.asarray(samples, dtype=np.float64)
+    num_utterances, num_layers = samples.shape[:2]
+    chances = np.full(num_utterances, 1.0 / num_utterances)
+    counts = np.random.default_rng(seed).multinomial(num_utterances, chances, size=draws)
+    means = np.tensordot(counts / num_utterances, samples, axes=1)
+    return {
+        n: float(np.mean(means[:, n - 1, : num_layers - n].argmin(axis=1) == start))
+        for n, start in path.items()
     }
 
 

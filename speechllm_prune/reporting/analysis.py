@@ -1,31 +1,26 @@
-"""From points to judged results: intervals, relative degradation, verdicts, the chosen block, compared measurements."""
+"""From points to judged results: intervals, relative degradation, verdicts, the chosen block."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from speechllm_prune.evaluation.statistics import (
     Interval,
-    PathAgreement,
     bootstrap_interval,
     corpus_score,
     largest_blocks,
-    mean_absolute_difference,
     paired_bootstrap,
-    path_agreement,
     relative_degradation,
-    spearman_without_row_means,
     verdict,
 )
 from speechllm_prune.reporting.collect import (
     SHUFFLED,
     ExperimentData,
-    Measurement,
     Point,
     failure_reason,
 )
@@ -193,89 +188,6 @@ def choose_blocks(
     return Choice(heal_mode, tag, tolerance, experiment.eval_sets, ordered, largest, safe)
 
 
-# ------------------------------------------------------------------------------ comparing measurements
-@dataclass(frozen=True)
-class MeasurementComparison:
-    """Two distance matrices and their paths side by side; only `refused` is set where they must not be compared."""
-
-    first: str
-    second: str
-    random_decoder: bool = False
-    """Whether one of the two is a decoder without pretraining: what agreement is worth."""
-    spearman: float | None = None
-    spearman_removable: float | None = None
-    """The same without the blocks that end at the last layer, whose large distances any decoder shows."""
-    mean_difference: float | None = None
-    agreement: PathAgreement | None = field(default=None)
-    refused: str = ""
-
-
-def compare_measurements(
-    first: Measurement,
-    second: Measurement,
-    first_label: str,
-    second_label: str,
-    random_decoder: bool = False,
-) -> MeasurementComparison:
-    """Compare two measurements, unless they were taken by unequal rules."""
-    names = (first_label, second_label, random_decoder)
-    for what, one, two in (
-        ("number of layers", first.num_layers, second.num_layers),
-        ("last_token", first.last_token, second.last_token),
-    ):
-        if one != two:
-            return MeasurementComparison(
-                *names, refused=f"{what} is {one} and {two}: not comparable"
-            )
-    try:
-        agreement = path_agreement(first.path, second.path, first.num_layers)
-    except ValueError:  # a decoder too shallow to have a choice
-        agreement = None
-    return MeasurementComparison(
-        *names,
-        spearman=spearman_without_row_means(first.matrix, second.matrix),
-        spearman_removable=spearman_without_row_means(
-            without_last_layer(first.matrix), without_last_layer(second.matrix)
-        ),
-        mean_difference=mean_absolute_difference(first.matrix, second.matrix),
-        agreement=agreement,
-    )
-
-
-def without_last_layer(matrix: np.ndarray) -> np.ndarray:
-    """A copy whose blocks that end at the last layer (l + n = L) are NaN."""
-    matrix = np.array(matrix, dtype=float)
-    num_layers = len(matrix)
-    for n in range(1, num_layers + 1):
-        matrix[n - 1, num_layers - n] = np.nan
-    return matrix
-
-
-def compare_all_measurements(experiments: Sequence[ExperimentData]) -> list[MeasurementComparison]:
-    """Every measurement against the first one, and text against speech within each experiment.
-
-    Arguments
-    ---------
-    experiments : sequence of ExperimentData
-        The first one is the reference; random-weight decoders among the others show what chance gives.
-    """
-    several = len(experiments) > 1
-    items = [
-        (measurement, experiment, f"{experiment.label} {name}" if several else name)
-        for experiment in experiments
-        for name, measurement in sorted(experiment.measurements.items())
-    ]
-    comparisons = []
-    for position, (first, owner, label) in enumerate(items):
-        for second, other, other_label in items[position + 1 :]:
-            if owner is other or position == 0 or owner is experiments[0]:
-                is_random = owner.is_random_decoder or other.is_random_decoder
-                comparisons.append(
-                    compare_measurements(first, second, label, other_label, is_random)
-                )
-    return comparisons
-
-
 # -------------------------------------------------------------------------------------- utterance rows
 def read_rows(point: Point) -> tuple[list[str], np.ndarray]:
     """Ids and counts of every utterance of a point, for the bootstrap.
@@ -365,7 +277,7 @@ def _identity(first: Point, second: Point) -> list[tuple[str, Any, Any]]:
         ("metric", first.metric, second.metric),
         ("num_utterances", first.num_utterances, second.num_utterances),
     ]
-    for key in ("reference_words", "text_normaliser", "signature"):
+    for key in ("reference_words", "text_normaliser", "signature", "protocol"):
         before, now = first.record.get(key), second.record.get(key)
         if before is not None and now is not None:
             pairs.append((key, before, now))

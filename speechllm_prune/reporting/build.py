@@ -13,23 +13,34 @@ from speechllm_prune.reporting.analysis import (
     Result,
     analyse,
     check_comparable,
-    compare_all_measurements,
 )
 from speechllm_prune.reporting.collect import ExperimentData, collect, find_experiments
-from speechllm_prune.reporting.compare import matrices_table, points_of_equal_depth
+from speechllm_prune.reporting.compare import (
+    matrices_table,
+    points_of_equal_depth,
+    redundancy_table,
+)
+from speechllm_prune.reporting.measured import (
+    compare_all_measurements,
+    refuse_unequal_rules,
+    with_post_norm,
+)
 from speechllm_prune.reporting.page import PageContent, PageFigure, render_page
 from speechllm_prune.reporting.tables import Table, points_table, table1, to_csv, to_markdown
+from speechllm_prune.reporting.translation import table2
 from speechllm_prune.runtime import UserError
 
 
 @dataclass
 class Report:
-    """A written report: its folder, its page, Table 1 as text, and what is incomplete."""
+    """A written report: its folder, its page, Tables 1 and 2 as text, and what is incomplete."""
 
     folder: Path
     page: Path
     table1: str
     incomplete: list[str]
+    compared: str = ""
+    """With `compare`: what was set beside each other, as text."""
 
 
 def report_folder(experiments: Sequence[ExperimentData]) -> Path:
@@ -78,7 +89,7 @@ def build_report(
     tolerance : float, optional
         Largest accepted relative degradation of all tasks; by default 0.25 for ASR and 0.10 for AST.
     compare : bool
-        Whether to set the points of several experiments beside each other.
+        Whether to set the points, matrices and paths of several experiments beside each other.
     """
     experiments = load_experiments(folders)
     with_points = [experiment for experiment in experiments if experiment.points]
@@ -87,6 +98,8 @@ def build_report(
             f"--compare needs at least two experiments, and {experiments[0].folder} is one; "
             "run: python report.py results/FIRST results/SECOND --compare"
         )
+    if compare:
+        refuse_unequal_rules(experiments)
     folder = report_folder(experiments)
     results = {str(e.folder): analyse(e, tolerance) for e in with_points}
     tables = [
@@ -98,9 +111,11 @@ def build_report(
     content = PageContent(
         experiments, tables, points, ordered, compare_all_measurements(experiments)
     )
+    compared: list[Table] = []
     if compare and len(with_points) > 1:
         content.compared = points_of_equal_depth(with_points, results)
         _write_tables(folder / "compared", [content.compared])
+        compared.append(content.compared)
     if tables:
         _write_tables(folder / "table1", tables)
         _write_tables(folder / "points", [points])
@@ -108,12 +123,24 @@ def build_report(
         matrices = matrices_table(content.comparisons)
         matrices.notes = list(dict.fromkeys(note for e in experiments for note in e.notes))
         _write_tables(folder / "matrices", [matrices])
+        compared.append(matrices)
+    content.redundancy = redundancy_table(experiments)
+    if content.redundancy is not None:
+        _write_tables(folder / "redundancy", [content.redundancy])
+        compared.append(content.redundancy)
+    content.translation = table2(with_points, results)
+    if content.translation is not None:
+        _write_tables(folder / "table2", [content.translation])
     _add_curves(content, with_points, results, tolerance, folder)
+    if compare:
+        _add_common_heatmap(content, folder)
     _add_heatmaps(content, folder)
     page = write_text(folder / "report.html", render_page(content, folder))
-    text = "\n".join(to_markdown(table) for table in tables)
+    shown = [*tables, *([content.translation] if content.translation else [])]
+    text = "\n".join(to_markdown(table) for table in shown)
     incomplete = [f"{e.label}: {line}" for e in experiments for line in e.incomplete]
-    return Report(folder, page, text, incomplete)
+    side_by_side = "\n".join(to_markdown(table) for table in compared) if compare else ""
+    return Report(folder, page, text, incomplete, side_by_side)
 
 
 def _write_tables(stem: Path, tables: Sequence[Table]) -> None:
@@ -166,6 +193,32 @@ def _add_heatmaps(content: PageContent, folder: Path) -> None:
         )
         stem = folder / f"heatmap{suffix}_{'_'.join(measured)}"
         content.heatmaps.append(_page_figure(figure, stem, caption))
+
+
+def _add_common_heatmap(content: PageContent, folder: Path) -> None:
+    """All measurements of all experiments on one scale, and below them what the final norm would make of them."""
+    from speechllm_prune.reporting import figures
+
+    measured = [(e, m) for e in content.experiments for _, m in sorted(e.measurements.items())]
+    if len(measured) < 2:
+        return
+    panels = [figures.panel_of(m, f"{e.label}: ") for e, m in measured]
+    below = [
+        figures.HeatmapPanel(f"{panel.title}\nend state after the final norm", matrix, panel.path)
+        for panel, (_, m) in zip(panels, measured, strict=True)
+        if (matrix := with_post_norm(m)) is not None
+    ]
+    complete = len(below) == len(panels)
+    figure = figures.heatmap_figure(panels + (below if complete else []), len(panels))
+    caption = (
+        "All measurements on one scale. Line: the block that the pruning path removes at each n."
+    )
+    if complete:
+        caption += (
+            " Below: the blocks that end at the last layer as they look if that layer's output is taken after the "
+            "final norm, as most tools do; the paths are those above."
+        )
+    content.heatmaps.append(_page_figure(figure, folder / "heatmap_compared", caption))
 
 
 def _suffix(experiment: ExperimentData, only: Sequence[ExperimentData]) -> str:

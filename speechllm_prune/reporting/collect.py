@@ -20,6 +20,7 @@ VARIANT = re.compile(
     r"(?P<control>control-)?l(?P<start>\d{2,})n(?P<size>\d{2,})-(?P<mode>[a-z]+)(?:\+(?P<tag>[\w.+-]+))?"
 )
 STAGES = ("train", "measure", "prune", "heal", "eval")
+MEASURED = ("speech", "text", "speech-no_lora", "text-no_lora")
 METRIC_OF_TASK = {"asr": "wer", "ast": "bleu"}
 SHUFFLED = "shuffled_audio"
 """Tag of the sanity check in which every utterance is decoded from another one's audio."""
@@ -85,6 +86,11 @@ class Measurement:
     note: str
     folder: Path
     record: dict[str, Any] = field(repr=False)
+    adapters: str = "none"
+    """LoRA of the baseline: `none`, `on`, or `off` (`--measure_lora False`)."""
+    post_norm: np.ndarray | None = field(default=None, repr=False)
+    """[L] distances of the blocks [l, L) with h[L] taken after the final norm."""
+    bootstrap_share: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,8 +115,9 @@ class ExperimentData:
 
     @property
     def is_random_decoder(self) -> bool:
-        """Whether the decoder was measured without any training, as something to compare with."""
-        return not self.points and (self.name.endswith("_random") or not self.trained)
+        """Whether a decoder with random weights was measured, as something to compare with: its name says so."""
+        # No training says nothing: text mode measures a pretrained decoder without any.
+        return not self.points and self.name.endswith("_random")
 
     @property
     def eval_sets(self) -> list[str]:
@@ -188,7 +195,7 @@ def collect(folder: Path) -> ExperimentData:
     data.train_log = read_train_log(folder / "train" / "train_log.txt")
     _collect_plans(data)
     _collect_points(data)
-    for measure_input in ("speech", "text"):
+    for measure_input in MEASURED:
         stage = folder / "measure" / measure_input
         if stage.is_dir():
             try:
@@ -298,7 +305,7 @@ def read_point(folder: Path, experiment: str, seed: str) -> Point:
 
 
 def read_measurement(folder: Path) -> Measurement:
-    """Read one `measure/<measure_input>` folder (with NumPy, so that a report needs no torch)."""
+    """Read one `measure/<measure_input>[-no_lora]` folder (with NumPy, so that a report needs no torch)."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -314,7 +321,7 @@ def read_measurement(folder: Path) -> Measurement:
             f"distances of shape {matrix.shape}, but path.json has {num_layers} layers"
         )
     return Measurement(
-        measure_input=folder.name,
+        measure_input=folder.name.removesuffix("-no_lora"),
         matrix=matrix,
         count=int(np.asarray(tensors["count"]).reshape(-1)[0]),
         num_layers=num_layers,
@@ -325,7 +332,16 @@ def read_measurement(folder: Path) -> Measurement:
         note=str(record.get("note") or ""),
         folder=folder,
         record=record,
+        adapters=_adapters(record),
+        post_norm=tensors.get("distance_post_norm"),
+        bootstrap_share={int(n): value for n, value in record.get("bootstrap_share", {}).items()},
     )
+
+
+def _adapters(record: dict[str, Any]) -> str:
+    if not record.get("decoder_lora_rank"):
+        return "none"
+    return "on" if record.get("measure_lora", True) else "off"
 
 
 def read_train_log(path: Path) -> list[dict[str, float]]:

@@ -64,23 +64,31 @@ class HeatmapPanel:
 def panel_of(measurement: Measurement, prefix: str = "") -> HeatmapPanel:
     """A measurement as a panel, its title saying what was averaged over how many utterances."""
     title = f"{prefix}{measurement.measure_input} input"
+    title += "" if measurement.adapters == "none" else f", adapters {measurement.adapters}"
     title += f"\n{measurement.count} utterances"
     return HeatmapPanel(title, measurement.matrix, measurement.path)
 
 
-def heatmap_figure(panels: Sequence[HeatmapPanel]) -> Figure:
+def heatmap_figure(panels: Sequence[HeatmapPanel], columns: int | None = None) -> Figure:
     """Angular distance of every block, block size upwards and start layer to the right, all panels on one scale.
 
     Arguments
     ---------
     panels : sequence of HeatmapPanel
         Drawn side by side.
+    columns : int, optional
+        Panels in a line; by default all.
     """
+    columns = columns or len(panels)
+    lines = -(-len(panels) // columns)
     low = min(float(np.nanmin(panel.matrix)) for panel in panels)
     high = max(float(np.nanmax(panel.matrix)) for panel in panels)
     with rc_context(RC):
-        figure = Figure(figsize=(4.6 * len(panels) + 1.0, 4.4), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        figure = Figure(figsize=(4.6 * columns + 1.0, 4.4 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for unused in axes[len(panels) :]:
+            unused.set_axis_off()
+        axes = axes[: len(panels)]
         for axis, panel in zip(axes, panels, strict=True):
             num_layers = len(panel.matrix)
             image = axis.imshow(

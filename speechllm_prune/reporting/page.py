@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from speechllm_prune import __version__
-from speechllm_prune.reporting.analysis import MeasurementComparison, Result
+from speechllm_prune.reporting.analysis import Result
 from speechllm_prune.reporting.collect import SHUFFLED, ExperimentData
 from speechllm_prune.reporting.compare import matrices_table
+from speechllm_prune.reporting.measured import MeasurementComparison
 from speechllm_prune.reporting.tables import Table, fixed, span, to_html
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -40,6 +41,8 @@ class PageContent:
     heatmaps: list[PageFigure] = field(default_factory=list)
     training: list[PageFigure] = field(default_factory=list)
     compared: Table | None = None
+    redundancy: Table | None = None
+    translation: Table | None = None
 
 
 def fill(template: str, slots: Mapping[str, str]) -> str:
@@ -76,13 +79,19 @@ def render_page(content: PageContent, folder: Path) -> str:
     """
     sections = [
         ("table-1", "Table 1", _tables(content.tables)),
-        ("compared", "Compared with the first experiment", _compared(content.compared)),
+        ("table-2", "Table 2", _optional(content.translation, "table2")),
+        (
+            "compared",
+            "Compared with the first experiment",
+            _optional(content.compared, "compared-table"),
+        ),
         ("curves", "Pruning curves", _figures(content.curves, folder)),
         (
             "heatmaps",
             "Angular distance and pruning path",
             _figures(content.heatmaps, folder, wide=True),
         ),
+        ("redundancy", "Where the small distances lie", _redundancy(content.redundancy)),
         ("text-and-speech", "Text against speech", _comparisons(content.comparisons)),
         ("sanity", "Does the model listen?", _sanity(content.point_results)),
         ("training", "Training", _figures(content.training, folder)),
@@ -121,8 +130,12 @@ def _tables(tables: Sequence[Table]) -> str:
     )
 
 
-def _compared(table: Table | None) -> str:
-    return to_html(table, table_id="compared-table") if table else ""
+def _optional(table: Table | None, table_id: str) -> str:
+    return to_html(table, table_id=table_id) if table else ""
+
+
+def _redundancy(table: Table | None) -> str:
+    return to_html(table, table_id="redundancy-table") if table else ""
 
 
 def _figures(figures: Sequence[PageFigure], folder: Path, wide: bool = False) -> str:
@@ -187,7 +200,7 @@ def _points(content: PageContent, folder: Path) -> str:
     links = [
         {
             name.partition(".")[0]: _relative(result.point.folder / name, folder)
-            for name in ("metrics.json", "hyps.jsonl", "wer.txt")
+            for name in ("metrics.json", "hyps.jsonl", "wer.txt", "bleu.txt")
             if (result.point.folder / name).is_file()
         }
         for result in content.point_results

@@ -115,7 +115,11 @@ def distance_matrix(num_layers: int, noise: float = 0.0, seed: int = 0) -> np.nd
 
 
 def write_measurement(
-    seed_folder: Path, measure_input: str, matrix: np.ndarray, **changes: object
+    seed_folder: Path,
+    measure_input: str,
+    matrix: np.ndarray,
+    post_norm: np.ndarray | None = None,
+    **changes: object,
 ) -> None:
     """Write `measure/<measure_input>`, its path chosen here by brute force."""
     num_layers = len(matrix)
@@ -139,6 +143,8 @@ def write_measurement(
     }
     write(folder / "path.json", record | changes)
     tensors = {"distance": matrix.astype(np.float64), "count": np.array([40], dtype=np.int64)}
+    if post_norm is not None:
+        tensors["distance_post_norm"] = post_norm.astype(np.float64)
     save_file(tensors, folder / "distances.safetensors")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from speechllm_prune.prune.path import path_margins, pruning_path, tail_path
+from speechllm_prune.prune.path import bootstrap_share, path_margins, pruning_path, tail_path
 
 NAN = math.nan
 MATRIX = [
@@ -64,3 +65,26 @@ def test_undefined_distances_are_no_candidates() -> None:
 def test_tail_path_leaves_the_last_layer() -> None:
     assert tail_path(28) == {n: 27 - n for n in range(1, 28)}
     assert tail_path(2) == {1: 0}
+
+
+def test_bootstrap_share_against_a_loop() -> None:
+    generator = np.random.default_rng(4)
+    samples = 0.3 + 0.05 * generator.random((15, 5, 5)).astype(np.float32)
+    matrix = samples.astype(np.float64).mean(0)
+    path = pruning_path(matrix)
+    shares = bootstrap_share(samples, path, draws=200, seed=0)
+    counts = np.random.default_rng(0).multinomial(15, [1 / 15] * 15, size=200)
+    for n, start in path.items():
+        hits = 0
+        for weights in counts:
+            means = [
+                sum(w * float(s[n - 1, l]) for w, s in zip(weights, samples, strict=True))
+                for l in range(5 - n)
+            ]
+            hits += means.index(min(means)) == start
+        assert shares[n] == hits / 200
+    assert list(shares) == [1, 2, 3, 4] and shares[4] == 1.0
+    assert 0 < shares[1] < 1, "near ties swing"
+    assert shares == bootstrap_share(samples, path) != bootstrap_share(samples, path, seed=1)
+    steady = np.broadcast_to(np.asarray(matrix), (15, 5, 5))
+    assert set(bootstrap_share(steady, path).values()) == {1.0}

@@ -13,11 +13,10 @@ from speechllm_prune.reporting.analysis import (
     analyse,
     check_comparable,
     choose_blocks,
-    compare_all_measurements,
-    compare_measurements,
 )
 from speechllm_prune.reporting.build import build_report
 from speechllm_prune.reporting.collect import collect, find_experiments, read_train_log
+from speechllm_prune.reporting.measured import compare_all_measurements, compare_measurements
 from speechllm_prune.reporting.tables import points_table, table1, to_html, to_markdown
 from speechllm_prune.runtime import UserError
 from tests.unit import fake_results as fake
