@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Remove a block of layers and heal the cut: LoRA on the receiving layer's MLP, the projector, or both.
 
-    python heal.py hparams/demo.yaml --block_size 6 --heal_mode joint [--path own|text|tail|FILE.json | --start_layer l]
+    python heal.py hparams/demo.yaml --block_size 6 --heal_mode joint [--path own|text|... | --start_layer l]
     python heal.py hparams/demo.yaml --block_size 6 --heal_mode joint --control      # nothing removed, same healing
+    python heal.py hparams/demo.yaml --block_size 6 --heal_mode joint --export [--into FOLDER [--task_name asr]]
 
-Results: results/<experiment_name>/<seed>/heal/l04n06-joint/ (and export/ with --export).
+Results: results/<experiment_name>/<seed>/heal/l04n06-joint/ (and export/ with --export). With --into the pruned decoder
+is written unmerged into FOLDER, or found there, and this task's adapter and projector beside those of other tasks.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def main(argv: list[str]) -> int | None:
             f"would heal block size {hparams['block_size']} by {hparams['heal_mode']}: {hparams['heal_steps']} steps"
         )
         return None
-    from speechllm_prune.stages.plan import export_variant, plan_block
+    from speechllm_prune.stages.export import export_if_asked
+    from speechllm_prune.stages.plan import plan_block
     from speechllm_prune.training import heal
     from speechllm_prune.workbench import Workbench
 
@@ -42,8 +45,7 @@ def main(argv: list[str]) -> int | None:
     name = heal(bench, plan, hparams["heal_mode"], hparams["tag"])
     folder = run.experiment.stage(f"heal/{name}")
     print(f"{folder} is done; next: {run.command('evaluate', f'--variant {name}')}")
-    if run.flags.export and bench.rank == 0:
-        print(f"exported to {export_variant(bench, Variant.parse(name), folder / 'export')}")
+    export_if_asked(bench, Variant.parse(name), folder / "export")
     return None
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Choose the block of layers to remove and write its plan; with --export also the pruned model, not healed.
 
-    python prune.py hparams/demo.yaml --block_size 6 [--path own|text|tail|FILE.json] [--export]
+    python prune.py hparams/demo.yaml --block_size 6 [--path own|text|tail|influence|random|rerank|FILE.json] [--export]
     python prune.py hparams/demo.yaml --block_size 6 --start_layer 4
 
 Results: results/<experiment_name>/<seed>/prune/l04n06/plan.json (and export/).
@@ -24,10 +24,10 @@ def main(argv: list[str]) -> int | None:
     )
     if run is None:
         return None
+    from speechllm_prune.stages.export import export_if_asked
     from speechllm_prune.stages.plan import (
         choose_start_layer,
         decoder_depth,
-        export_variant,
         plan_block,
     )
     from speechllm_prune.workbench import Workbench
@@ -45,10 +45,7 @@ def main(argv: list[str]) -> int | None:
     print(
         f"{folder}/plan.json: layers {plan.start_layer}..{plan.start_layer + size - 1} of {plan.num_layers} go"
     )
-    if run.flags.export and bench.rank == 0:
-        print(
-            f"exported to {export_variant(bench, Variant(plan.start_layer, size), folder / 'export')}"
-        )
+    export_if_asked(bench, Variant(plan.start_layer, size), folder / "export")
     return None
 
 

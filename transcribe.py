@@ -1,17 +1,23 @@
 #!/usr/bin/env python3
-"""Transcribe audio files with an exported model (full, pruned or healed).
+"""Transcribe audio with an exported model (full, pruned, healed, or several tasks on one pruned decoder).
 
-    python transcribe.py results/demo/3407/heal/l04n06-joint/export recording.flac [more.wav ...] [--task asr|ast]
+    python transcribe.py results/demo/3407/heal/l04n06-joint/export recording.flac [more.wav ...]
+    python transcribe.py EXPORT_FOLDER FOLDER_OF_AUDIO list_of_files.txt --task ast
 
-Prints one line per file: name, tab, text.
+AUDIO is a file of any rate, a folder (all audio files in and below it), or a list (.txt, .lst, .list: a path per line,
+relative to the list). Prints one line per file: name, tab, text.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from speechllm_prune.runtime import UserError, verb
+
+BATCHES_AT_ONCE = 16
+"""Audio of so many batches is in memory together: enough to sort by length."""
 
 
 @verb
@@ -23,24 +29,51 @@ def main(argv: list[str]) -> int | None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("export_folder", help="written by prune.py or heal.py with --export")
-    parser.add_argument("audio", nargs="+", help="audio files of any rate")
-    parser.add_argument("--task", choices=["asr", "ast"], default=None)
+    parser.add_argument("export_folder", help="written with --export, or its id on the hub")
+    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="files, folders, lists of files")
+    parser.add_argument(
+        "--task", help="asr, ast, or another name in the export (default: its first)"
+    )
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--device", default=None)
+    parser.add_argument("--device")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be above 0, given {options.batch_size}")
-    from speechllm_prune import SpeechLLM
+    from speechllm_prune.data.listing import expand_audio
+    from speechllm_prune.inference import load_export
 
-    model = SpeechLLM.from_pretrained(options.export_folder, device=options.device)
-    for name, text in zip(
-        options.audio,
-        model.transcribe(options.audio, options.batch_size, options.task),
-        strict=True,
-    ):
-        print(f"{name}\t{text}")
+    files = expand_audio(options.audio)
+    model = load_export(options.export_folder, options.device)
+    if options.task is not None:
+        model.use_task(options.task)
+    # Before the first line is printed, not after an hour.
+    problems = [problem for file in files if (problem := what_is_wrong(model, file))]
+    if problems:
+        more = f" (and {len(problems) - 3} more files)" if len(problems) > 3 else ""
+        raise UserError("; ".join(problems[:3]) + more)
+    step = options.batch_size * BATCHES_AT_ONCE
+    for first in range(0, len(files), step):
+        chunk = files[first : first + step]
+        for name, text in zip(chunk, model.transcribe(chunk, options.batch_size), strict=True):
+            print(f"{name}\t{' '.join(text.split())}", flush=True)
     return None
+
+
+def what_is_wrong(model: Any, file: str) -> str:
+    """Why a file cannot be transcribed, mostly from its header; "" if it can."""
+    from speechllm_prune.data.audio import BadAudio, probe_audio
+    from speechllm_prune.data.pipeline import read_audio
+    from speechllm_prune.inference import SAMPLE_RATE, check_length
+
+    try:
+        try:
+            check_length(model, round(probe_audio(file).duration * SAMPLE_RATE), file)
+        except BadAudio as reason:
+            check_length(model, len(read_audio(file)), file)
+            return f"{file}: {reason}"
+    except UserError as reason:
+        return str(reason)
+    return ""
 
 
 if __name__ == "__main__":

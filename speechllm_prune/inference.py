@@ -6,6 +6,7 @@ Shapes: B utterances, X prefix positions, H decoder width, V vocabulary.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from speechllm_prune.data.batching import Batch, collate, sorted_batches
 from speechllm_prune.models.decoder import lm_logits
-from speechllm_prune.models.encoder import SAMPLE_RATE
-from speechllm_prune.models.speechllm import SpeechLLM
+from speechllm_prune.models.encoder import SAMPLE_RATE, SpeechEncoder, load_encoder
+from speechllm_prune.models.projector import Projector
+from speechllm_prune.models.speechllm import SpeechLLM, TaskParts
 from speechllm_prune.runtime import UserError, raise_if_stopped
 
 EXTRA_TOKENS = 10
@@ -164,102 +166,228 @@ def transcribe(
     batch_size : int
         Utterances decoded together; the result does not depend on it (fp32).
     task : str, optional
-        Must be the model's own task.
+        Of a model that does several: the task of this request. Otherwise it must be the model's own.
 
     Returns
     -------
     list of str
+
+    Raises
+    ------
+    UserError
+        If the model does not do the task, or some audio cannot be read, is too short or too long.
     """
     from speechllm_prune.data.pipeline import read_audio
 
-    if task is not None and task != model.task:
-        raise UserError(f"this model does {model.task}, not {task}")
-    wavs = [item.float().cpu() if isinstance(item, Tensor) else read_audio(item) for item in audio]
-    for index, wav in enumerate(wavs):
-        if wav.dim() != 1:
-            raise UserError(
-                f"waveform {index} has the shape {tuple(wav.shape)}; mono (N,) at 16 kHz is expected"
-            )
-        limit = model.encoder.max_samples
-        if limit is not None and len(wav) > limit:
-            raise UserError(
-                f"{audio[index]} is {len(wav) / SAMPLE_RATE:.1f} s long, the encoder takes at most "
-                f"{limit / SAMPLE_RATE:.0f} s; cut it into shorter pieces"
-            )
-        if model.encoder.output_length(len(wav)) < 1:
-            raise UserError(f"{audio[index]} is too short for the encoder ({len(wav)} samples)")
-    items = [
-        {
-            "id": str(i),
-            "audio": wav,
-            "target_ids": [],
-            "text": "",
-            "duration": len(wav) / SAMPLE_RATE,
-        }
-        for i, wav in enumerate(wavs)
-    ]
-    texts = [""] * len(items)
-    for indices in sorted_batches([len(wav) for wav in wavs], batch_size):
-        for hypothesis in decode(model, [collate([items[i] for i in indices]).to(model.device)]):
-            texts[int(hypothesis.id)] = hypothesis.hyp
+    with model.doing(task):
+        wavs = [
+            item.float().cpu() if isinstance(item, Tensor) else read_audio(item) for item in audio
+        ]
+        for index, (item, wav) in enumerate(zip(audio, wavs, strict=True)):
+            name = f"waveform {index}" if isinstance(item, Tensor) else str(item)
+            check_waveform(model, wav, name)
+        items = [
+            {
+                "id": str(i),
+                "audio": wav,
+                "target_ids": [],
+                "text": "",
+                "duration": len(wav) / SAMPLE_RATE,
+            }
+            for i, wav in enumerate(wavs)
+        ]
+        texts = [""] * len(items)
+        for indices in sorted_batches([len(wav) for wav in wavs], batch_size):
+            batch = collate([items[i] for i in indices]).to(model.device)
+            for hypothesis in decode(model, [batch]):
+                texts[int(hypothesis.id)] = hypothesis.hyp
     return texts
 
 
-def load_export(folder: str | Path, device: str | None = None) -> SpeechLLM:
-    """Load what `--export` wrote: a plain causal LM with speechllm.json, projector and perhaps the encoder beside it.
+def check_waveform(model: SpeechLLM, wav: Tensor, name: str) -> None:
+    """Refuse a waveform that is none, or that the model cannot take.
+
+    Raises
+    ------
+    UserError
+    """
+    if wav.dim() != 1:
+        raise UserError(
+            f"{name} has the shape {tuple(wav.shape)}; mono (N,) at {SAMPLE_RATE} Hz is expected"
+        )
+    check_length(model, len(wav), name)
+
+
+def check_length(model: SpeechLLM, num_samples: int, name: str) -> None:
+    """Refuse a number of samples at 16 kHz that encoder or decoder cannot take.
+
+    Raises
+    ------
+    UserError
+        Naming the limit.
+    """
+    if model.encoder.output_length(num_samples) < 1:
+        raise UserError(f"{name} is too short for the encoder ({num_samples} samples)")
+    seconds = num_samples / SAMPLE_RATE
+    limit = model.encoder.max_samples
+    if limit is not None and num_samples > limit:
+        raise UserError(
+            f"{name} is {seconds:.1f} s long, the encoder takes at most {limit / SAMPLE_RATE:.0f} s; cut it into "
+            f"shorter pieces"
+        )
+    window = getattr(model.decoder.config.get_text_config(), "max_position_embeddings", None)
+    positions = model.num_positions(num_samples, 1)
+    if window is not None and positions > window:
+        raise UserError(
+            f"{name} is {seconds:.1f} s long and takes {positions} positions of the decoder, which has {window}; cut "
+            f"it into shorter pieces"
+        )
+
+
+# ------------------------------------------------------------------------------------------ exports
+
+
+def find_export(
+    source: str | Path, savedir: str | Path | None = None, revision: str | None = None
+) -> Path:
+    """The folder of an export: the one given, or one fetched by its hub id.
 
     Arguments
     ---------
-    folder : str or Path
-        The export folder.
+    source : str or Path
+        A folder, or `owner/name`.
+    savedir : str or Path, optional
+        Where to keep what is fetched; default: the hub's cache.
+    revision : str, optional
+        Of the hub.
+
+    Raises
+    ------
+    UserError
+    """
+    folder = Path(source)
+    if not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(source), revision=revision, local_dir=savedir))
+        except (OSError, ValueError) as error:  # the hub's errors are OSErrors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{source} is no folder here, and cannot be had from the hub: {reason}"
+            ) from None
+    if not (folder / "speechllm.json").is_file():
+        raise UserError(
+            f"{folder} is not an export folder (no speechllm.json); make one with train.py, prune.py or heal.py "
+            f"--export"
+        )
+    return folder
+
+
+def load_export(
+    source: str | Path, device: str | None = None, savedir: str | Path | None = None
+) -> SpeechLLM:
+    """Load what `--export` wrote: a plain causal LM with speechllm.json, projectors and perhaps encoders beside it.
+
+    Arguments
+    ---------
+    source : str or Path
+        The export folder, or a hub id.
     device : str, optional
         Default: a GPU if there is one.
+    savedir : str or Path, optional
+        See `find_export`.
 
     Returns
     -------
     SpeechLLM
-        In eval mode.
+        In eval mode, doing its first task.
     """
-    from safetensors.torch import load_file
-
-    from speechllm_prune.experiment import read_json
+    from speechllm_prune.experiment import SCHEMA, read_json
     from speechllm_prune.models.decoder import load_decoder
-    from speechllm_prune.models.encoder import load_encoder
-    from speechllm_prune.models.projector import Projector
+    from speechllm_prune.prune.card import task_entries
+    from speechllm_prune.prune.task_adapters import attach_adapter
     from speechllm_prune.restore import choose_device
 
-    folder = Path(folder)
-    if not (folder / "speechllm.json").is_file():
-        raise UserError(
-            f"{folder} is not an export folder (no speechllm.json); make one with prune.py or heal.py --export"
-        )
-    card = read_json(folder / "speechllm.json")
     device = choose_device(device)
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    source = card["encoder"]
-    hub = str(folder / source["folder"]) if source.get("folder") else source["hub"]
-    encoder = load_encoder(hub, source["revision"], dtype, card["encoder_output_norm"])
-    decoder, tokenizer = load_decoder(str(folder), dtype=dtype)
-    shape = card["projector"]
-    if (
-        shape["class"] != "speechllm_prune.models.projector.Projector"
-        or shape["activation"] != "torch.nn.GELU"
-    ):
+    folder = find_export(source, savedir)
+    card = read_json(folder / "speechllm.json")
+    if card["schema"] != SCHEMA:
         raise UserError(
-            f"{folder} has a projector of its own ({shape['class']}, {shape['activation']}); load it by hand"
+            f"{folder} is an export of schema {card['schema']}, this package reads {SCHEMA}"
         )
-    projector = Projector(shape["input_size"], shape["hidden_size"], shape["output_size"])
-    projector.load_state_dict(load_file(folder / "projector.safetensors"))
-    task = card["tasks"][0]
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    decoder, tokenizer = load_decoder(str(folder), dtype=dtype)
+    encoders: dict[str, SpeechEncoder] = {}
+    tasks = []
+    for entry in task_entries(card):
+        adapter = None
+        if entry["adapter"]:
+            adapter = f"task_{entry['name']}"  # a bare name could be that of a method
+            attach_adapter(decoder, folder / entry["folder"], adapter, card["kept_layers"])
+        tasks.append(_load_task(folder, entry, dtype, encoders, adapter))
+    first = tasks[0]
     model = SpeechLLM(
-        encoder,
-        projector.requires_grad_(False),
+        first.encoder,
+        first.projector,
         decoder,
         tokenizer,
-        card["frame_stack"],
-        task["prompt"],
-        text_case=task["text_case"],
-        task=task["name"],
-        max_tokens_per_second=card["max_tokens_per_second"],
+        first.frame_stack,
+        first.prompt,
+        text_case=first.text_case,
+        task=first.name,
+        max_tokens_per_second=first.max_tokens_per_second,
+    ).to(device)
+    if card.get("adapters") == "separate":
+        for parts in tasks:
+            model.add_task(parts)
+        model.use_task(first.name)
+    return model
+
+
+def _load_task(
+    folder: Path,
+    entry: dict[str, Any],
+    dtype: torch.dtype,
+    encoders: dict[str, SpeechEncoder],
+    adapter: str | None,
+) -> TaskParts:
+    """One task of an export; an encoder that another task has loaded already is shared."""
+    from safetensors.torch import load_file
+
+    source, norm = entry["encoder"], entry["encoder_output_norm"]
+    key = f"{source['fingerprint']} {norm}"
+    if key not in encoders:
+        hub = str(folder / source["folder"]) if source.get("folder") else source["hub"]
+        encoders[key] = load_encoder(hub, source["revision"], dtype, norm)
+    projector = build_projector(entry["projector"], str(folder))
+    file = folder / (entry["folder"] or ".") / "projector.safetensors"
+    projector.load_state_dict(load_file(file))
+    return TaskParts(
+        entry["name"],
+        encoders[key],
+        projector.requires_grad_(False).eval(),
+        entry["frame_stack"],
+        entry["prompt"],
+        entry["text_case"],
+        entry["max_tokens_per_second"],
+        adapter,
     )
-    return model.to(device)
+
+
+def build_projector(shape: dict[str, Any], where: str) -> Projector:
+    """A projector of ours as speechllm.json describes it, without its weights.
+
+    Raises
+    ------
+    UserError
+        If it is of a class or with an activation that only its owner knows.
+    """
+    prefix, _, name = str(shape.get("activation", "")).rpartition(".")
+    activation = getattr(torch.nn.modules.activation, name, None)
+    own_class = shape["class"] != f"{Projector.__module__}.{Projector.__qualname__}"
+    if own_class or prefix != "torch.nn" or activation is None:
+        raise UserError(
+            f"{where} has a projector of its own ({shape['class']}, {shape.get('activation')}); load it by hand"
+        )
+    return Projector(shape["input_size"], shape["hidden_size"], shape["output_size"], activation)

@@ -10,7 +10,9 @@ row has S + P + N inputs and N + 1 labels, the first of which is predicted at th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from speechllm_prune.models.decoder import TokenIds, lm_logits, resolve_token_ids
 from speechllm_prune.models.encoder import SpeechEncoder
 from speechllm_prune.models.projector import stack_frames, stacked_length
+from speechllm_prune.prune.distill import TeacherRows, divergence
+from speechllm_prune.runtime import UserError
 
 if TYPE_CHECKING:
     from speechllm_prune.data.batching import Batch
@@ -56,6 +60,26 @@ class LossSums(NamedTuple):
     loss: Tensor
     num_labels: Tensor
     num_correct: Tensor
+
+
+@dataclass
+class TaskParts:
+    """What one task brings to a decoder that several share; see `SpeechLLM` for the fields.
+
+    Arguments
+    ---------
+    adapter : str or None
+        Name of the healing adapter on the decoder; None for none.
+    """
+
+    name: str
+    encoder: SpeechEncoder = field(repr=False)
+    projector: nn.Module = field(repr=False)
+    frame_stack: int
+    prompt: str
+    text_case: str
+    max_tokens_per_second: float
+    adapter: str | None = None
 
 
 class SpeechLLM(nn.Module):
@@ -105,6 +129,8 @@ class SpeechLLM(nn.Module):
         self.text_case = text_case
         self.task = task
         self.max_tokens_per_second = max_tokens_per_second
+        self.tasks: dict[str, TaskParts] = {}
+        """All tasks of an export that holds several; empty otherwise. `use_task` switches."""
         self.token_ids: TokenIds = resolve_token_ids(decoder, tokenizer)
         self.prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
         self.eval()
@@ -216,8 +242,8 @@ class SpeechLLM(nn.Module):
             speech, lengths, batch.target_ids if targets else None, padding_side
         )
 
-    def forward(self, batch: Batch) -> LossSums:
-        """Teacher-forced cross-entropy, summed over the labels; only label rows pass through the output layer."""
+    def label_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(M, V) logits and (M,) labels of the rows that predict a label; no other row passes the output layer."""
         inputs = self.inputs_for(batch)
         hidden = self.decoder.get_decoder()(
             inputs_embeds=inputs.inputs_embeds,
@@ -225,28 +251,100 @@ class SpeechLLM(nn.Module):
             position_ids=inputs.position_ids,
             use_cache=False,
         ).last_hidden_state
-        logits = lm_logits(
-            self.decoder, hidden[inputs.label_rows[0], inputs.label_rows[1]]
-        )  # (M, V)
+        rows = hidden[inputs.label_rows[0], inputs.label_rows[1]]
+        return lm_logits(self.decoder, rows), inputs.labels
+
+    def forward(self, batch: Batch, teacher: TeacherRows | None = None) -> LossSums:
+        """Teacher-forced loss, summed over the labels.
+
+        Arguments
+        ---------
+        batch : Batch
+        teacher : TeacherRows, optional
+            Of the unpruned model, for the batch's labels: its weighted divergence is added to the cross-entropy.
+        """
+        logits, labels = self.label_logits(batch)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        if teacher is not None:
+            loss = loss + teacher.beta * divergence(teacher, logits)
         return LossSums(
-            loss=nn.functional.cross_entropy(logits, inputs.labels, reduction="sum"),
-            num_labels=torch.tensor(len(inputs.labels), device=logits.device),
-            num_correct=(logits.argmax(-1) == inputs.labels).sum(),
+            loss=loss,
+            num_labels=torch.tensor(len(labels), device=logits.device),
+            num_correct=(logits.argmax(-1) == labels).sum(),
         )
 
     # ------------------------------------------------------------ for users of a finished model
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | None = None) -> SpeechLLM:
-        """Load an export folder (full, pruned or healed). See `speechllm_prune.inference.load_export`."""
+        """Load an export (full, pruned or healed), a folder or a hub id. See `inference.load_export`."""
         from speechllm_prune.inference import load_export
 
         return load_export(folder, device)
 
     @classmethod
-    def from_hparams(cls, source: str | Path, savedir: str | None = None) -> SpeechLLM:
-        """As SpeechBrain users expect; the same as `from_pretrained`. `savedir` is accepted and not needed."""
-        return cls.from_pretrained(source)
+    def from_hparams(
+        cls,
+        source: str | Path,
+        savedir: str | Path | None = None,
+        run_opts: dict[str, Any] | None = None,
+    ) -> SpeechLLM:
+        """As SpeechBrain users expect.
+
+        Arguments
+        ---------
+        source : str or Path
+            A folder or a hub id.
+        savedir : str or Path, optional
+            Where an export from a hub is kept (default: the hub's cache). A folder is used where it is.
+        run_opts : dict, optional
+            Its `device` is used.
+        """
+        from speechllm_prune.inference import load_export
+
+        return load_export(source, (run_opts or {}).get("device"), savedir)
+
+    def add_task(self, parts: TaskParts) -> None:
+        """Make a task available to `use_task`."""
+        self.tasks[parts.name] = parts
+
+    def use_task(self, name: str) -> None:
+        """Switch to a task: encoder, projector, prompt and the one active adapter. The decoder's weights stay.
+
+        Raises
+        ------
+        UserError
+            If this model does not do it.
+        """
+        from speechllm_prune.prune.task_adapters import activate_adapter
+
+        if name == self.task and name not in self.tasks:
+            return
+        if name not in self.tasks:
+            known = " and ".join(self.tasks or [self.task])
+            raise UserError(f"this model does {known}, not {name}")
+        parts = self.tasks[name]
+        self.encoder, self.projector = (
+            parts.encoder.to(self.device),
+            parts.projector.to(self.device),
+        )
+        self.frame_stack, self.prompt = parts.frame_stack, parts.prompt
+        self.prompt_ids = self.tokenizer(parts.prompt, add_special_tokens=False).input_ids
+        self.text_case, self.task = parts.text_case, name
+        self.max_tokens_per_second = parts.max_tokens_per_second
+        activate_adapter(self.decoder, parts.adapter)
+
+    @contextmanager
+    def doing(self, task: str | None) -> Iterator[None]:
+        """Use a task for one request, and go back to the one before. None changes nothing."""
+        before = self.task
+        try:
+            if task is not None and task != before:
+                self.use_task(task)
+            yield
+        finally:
+            if self.task != before:
+                self.use_task(before)
 
     def transcribe(
         self, audio: Sequence[Any], batch_size: int = 8, task: str | None = None
@@ -256,13 +354,26 @@ class SpeechLLM(nn.Module):
 
         return transcribe(self, audio, batch_size, task)
 
-    def transcribe_file(self, path: str | Path) -> str:
+    def transcribe_file(self, path: str | Path, task: str | None = None) -> str:
         """Transcribe one file."""
-        return self.transcribe([path])[0]
+        return self.transcribe([path], task=task)[0]
 
-    def transcribe_batch(self, wavs: Tensor, wav_lens: Tensor) -> list[str]:
-        """Transcribe a padded batch: (B, N) at 16 kHz with relative lengths in [0, 1], as in SpeechBrain."""
-        lengths = (wav_lens * wavs.shape[1]).round().long().tolist()
+    def transcribe_batch(
+        self, wavs: Tensor, wav_lens: Tensor, task: str | None = None
+    ) -> list[str]:
+        """Transcribe a padded batch: (B, N) at 16 kHz with relative lengths in (0, 1], as in SpeechBrain."""
+        if wavs.dim() != 2 or wav_lens.shape != wavs.shape[:1]:
+            raise UserError(
+                f"transcribe_batch takes (B, N) waveforms and (B,) relative lengths, given {tuple(wavs.shape)} and "
+                f"{tuple(wav_lens.shape)}"
+            )
+        if not bool(((wav_lens > 0) & (wav_lens <= 1)).all()):
+            raise UserError(
+                f"wav_lens are shares of the longest waveform in (0, 1], given {wav_lens.tolist()}"
+            )
+        lengths = (wav_lens.double() * wavs.shape[1]).round().long().tolist()
         return self.transcribe(
-            [wav[:n] for wav, n in zip(wavs, lengths, strict=True)], batch_size=len(wavs)
+            [wav[:n] for wav, n in zip(wavs, lengths, strict=True)],
+            batch_size=max(1, len(wavs)),
+            task=task,
         )

@@ -10,8 +10,9 @@ from typing import Any
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechllm_prune.brain import gather
-from speechllm_prune.data.manifest import prepare_command
+from speechllm_prune.data.manifest import prepare_command, read_summary
 from speechllm_prune.evaluation.efficiency import Meter
+from speechllm_prune.evaluation.scoring import manifest_facts
 from speechllm_prune.experiment import (
     Variant,
     provenance,
@@ -22,6 +23,7 @@ from speechllm_prune.experiment import (
 from speechllm_prune.inference import Hypothesis, decode
 from speechllm_prune.models.decoder import num_parameters
 from speechllm_prune.prune.surgery import PrunePlan
+from speechllm_prune.prune.task_adapters import merged_adapters
 from speechllm_prune.restore import cut, read_heal_state, read_plan
 from speechllm_prune.runtime import UserError
 from speechllm_prune.tasks import TASKS, score
@@ -96,7 +98,8 @@ def _evaluate_split(
 ) -> None:
     utterances = bench.utterances(key, bench.hparams["shuffle_audio"])
     batches = bench.sorted_loader(utterances, bench.hparams["eval_batch_size"])
-    with Meter(bench.device) as meter:
+    # with the weights that an export ships; the adapters come back afterwards
+    with merged_adapters(bench.model.decoder), Meter(bench.device) as meter:
         mine = decode(bench.model, bench.progress(batches, f"{name} on {key}"))
     by_id = {hypothesis.id: hypothesis for hypothesis in gather(mine)}
     hypotheses = [by_id[row.ID] for row in utterances.rows]
@@ -142,6 +145,7 @@ def _write_scores(
         "experiment_name": hparams["experiment_name"],
         "seed": hparams["seed"],
         **result.facts,
+        **manifest_facts(read_summary(bench.manifest(key)), ids, result.rows),
         "rtfx": sum(h.duration for h in hypotheses) / meter.seconds,
         "seconds": meter.seconds,
         "peak_memory_bytes": meter.peak_memory_bytes,
