@@ -26,12 +26,15 @@ MACHINE_KEYS = frozenset(
 
 SELECTION_KEYS = frozenset(
     "eval_manifests variant shuffle_audio block_size start_layer path heal_mode control tag block_sizes heal_modes "
-    "shard measure_input tolerance results_note".split()
+    "shard measure_input tolerance results_note into task_name".split()
 )
 """Keys that choose among results which have folders of their own, or how results are shown."""
 
 STAGE_KEYS: dict[str, frozenset[str]] = {
-    "measure": frozenset("measure_manifest text_file last_token measure_batch_size".split()),
+    "measure": frozenset(
+        "measure_manifest text_file last_token measure_lora measure_batch_size".split()
+    ),
+    "rerank": frozenset("rerank rerank_utterances".split()),
     "heal": frozenset("heal_steps heal_lora_rank heal_lora_alpha heal_lora_dropout".split()),
     "evaluate": frozenset("eval_batch_size max_tokens_per_second target_language".split()),
 }
@@ -66,11 +69,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 COMMAND_LINE = "command line"
 POSITIVE = frozenset(
     "frame_stack projector_dim num_steps batch_size pool_batches grad_accumulation_factor valid_interval heal_steps "
-    "heal_lora_rank eval_batch_size measure_batch_size lr max_grad_norm max_tokens_per_second".split()
+    "heal_lora_rank eval_batch_size measure_batch_size rerank_utterances lr max_grad_norm max_tokens_per_second".split()
 )
 NOT_NEGATIVE = frozenset(
     "warmup_steps batch_positions valid_utterances decoder_lora_rank min_seconds max_seconds max_target_tokens "
-    "num_workers block_size max_bad_share tolerance".split()
+    "num_workers block_size rerank max_bad_share tolerance".split()
 )
 
 
@@ -97,13 +100,22 @@ def load_hparams(path: str | Path, overrides: Mapping[str, Any] | None = None) -
     return load_resolved(resolve_hparams(path, overrides), str(path))
 
 
-def load_resolved(text: str, source: str = "the YAML") -> dict[str, Any]:
-    """Load the text that `resolve_hparams` made, with stock HyperPyYAML."""
+def load_resolved(
+    text: str, source: str = "the YAML", unused: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Load the text that `resolve_hparams` made, with stock HyperPyYAML; placeholders of `unused` keys become ''."""
     import logging
 
     from hyperpyyaml import load_hyperpyyaml
 
-    missing = [key for key, node in _parse(text, source).items() if _tag(node) == "!PLACEHOLDER"]
+    tree = _parse(text, source)
+    missing = [key for key, node in tree.items() if _tag(node) == "!PLACEHOLDER"]
+    idle = [key for key in missing if key in unused]
+    if idle:
+        tree.update(dict.fromkeys(idle, ""))
+        stream = io.StringIO()
+        _yaml().dump(tree, stream)
+        text, missing = stream.getvalue(), [key for key in missing if key not in idle]
     if missing:
         raise UserError(
             f"{source}: give {' and '.join(f'--{key} VALUE' for key in missing)} (no default is possible)"

@@ -26,6 +26,7 @@ from speechllm_prune.prune.lora import (
     adapter_names,
     add_decoder_lora,
     add_healing_lora,
+    check_adapter,
     remove_healing_lora,
 )
 from speechllm_prune.prune.surgery import PrunePlan, Removal, num_layers
@@ -213,11 +214,11 @@ def read_heal_state(experiment: Experiment, variant: Variant) -> HealState | Non
     )
     folder = experiment.require(f"heal/{variant.name}", command)
     done = read_json(folder / "DONE.json")
-    return HealState(
-        done["heal_mode"],
-        LoraSettings(**done["lora"]),
-        load_checkpoint_tensors(folder / done["checkpoint"]),
-    )
+    tensors = load_checkpoint_tensors(folder / done["checkpoint"])
+    if "kept_layers" in done:  # not in folders of versions that did not store it
+        kept = read_plan(experiment, variant).kept_layers
+        check_adapter(tensors, done["kept_layers"], kept, f"the healing in {folder}")
+    return HealState(done["heal_mode"], LoraSettings(**done["lora"]), tensors)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def heal(bench: Workbench, plan: PrunePlan, mode: str, tag: str = "") -> str:
     # One seed for all modes and the control: same adapters at the start, same data in the same order.
     bench.seed("heal")
     with cut(model, plan, state) as names:
-        facts = state.facts() | {"variant": variant.name}
+        facts = state.facts() | {"variant": variant.name, "kept_layers": plan.kept_layers}
         fit(bench, stage, "heal", names, hparams["heal_steps"], config_hash, **facts)
     return variant.name
 

@@ -260,11 +260,15 @@ def find_callable(dotted: str, allow_modules: tuple[str, ...] = ()) -> Callable[
 def text_batches(
     sequences: list[list[int]], batch_size: int, pad: int, device: str
 ) -> Iterator[dict[str, Tensor]]:
-    """Right-padded `input_ids` and `attention_mask`, longest first, for text mode."""
+    """Right-padded `input_ids` and `attention_mask`, longest first, for text mode; `index` says which sequences."""
     for index in sorted_batches([len(ids) for ids in sequences], batch_size):
         length = max(len(sequences[i]) for i in index)
         ids = torch.tensor([sequences[i] + [pad] * (length - len(sequences[i])) for i in index])
         mask = torch.tensor(
             [[1] * len(sequences[i]) + [0] * (length - len(sequences[i])) for i in index]
         )
-        yield {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        yield {
+            "input_ids": ids.to(device),
+            "attention_mask": mask.to(device),
+            "index": torch.tensor(index),
+        }

@@ -32,14 +32,33 @@ SETTINGS = {
     "betas": [0.9, 0.98],
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
-    "embedding_noise": 0.4,  # times the RMS of the embeddings
-    "stretch": [0.4, 0.3, 0.2, 0.1],
     "max_words": 40,
     "held_out": 200,
 }
-# With sentences of the domain at hand, and without (random strings over the train vocabulary).
-SENTENCES = {"steps": 280, "random_share": 0.0, "pause": 0.15, "plain_share": 0.1}
-STRINGS = {"steps": 900, "random_share": 0.7, "pause": 0.5, "plain_share": 0.0}
+# With sentences of the domain at hand, and without: random strings over the train vocabulary, for an encoder that CTC
+# has taught. That marks a word in one or two stacks, with long pauses between, and its projector puts out loud vectors.
+SENTENCES = {
+    "steps": 280,
+    "random_share": 0.0,
+    "repeat_share": 0.0,
+    "plain_share": 0.1,
+    "stretch": [0.4, 0.3, 0.2, 0.1],
+    "pause": 0.15,
+    "max_pauses": 3,
+    "embedding_noise": 0.4,  # times the RMS of the embeddings
+    "max_gain": 1.0,
+}
+STRINGS = {
+    "steps": 1000,
+    "random_share": 0.7,
+    "repeat_share": 0.15,
+    "plain_share": 0.0,
+    "stretch": [0.7, 0.3],
+    "pause": 0.75,
+    "max_pauses": 8,
+    "embedding_noise": 0.7,
+    "max_gain": 8.0,
+}
 
 
 def decoder_settings(corpus: Corpus, family: str, prompt: str, seed: int) -> dict:
@@ -115,7 +134,9 @@ class Batches:
         return self.pool.pop()
 
 
-def forward(model, examples: list, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    model, examples: list, noise: float, max_gain: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels of the label rows of a batch.
 
     Arguments
@@ -126,6 +147,8 @@ def forward(model, examples: list, noise: float) -> tuple[torch.Tensor, torch.Te
         Of :class:`SlamText`.
     noise : float
         Noise on the speech positions, times the RMS of the embeddings.
+    max_gain : float
+        Speech positions of each example are louder than embeddings by a random factor up to this.
 
     Returns
     -------
@@ -142,6 +165,9 @@ def forward(model, examples: list, noise: float) -> tuple[torch.Tensor, torch.Te
     if noise:
         rms = table.weight.detach().square().mean().sqrt()
         embeddings = embeddings + speech[..., None] * torch.randn_like(embeddings) * (noise * rms)
+    if max_gain > 1.0:
+        gains = max_gain ** torch.rand(len(ids), 1, 1)
+        embeddings = torch.where(speech[..., None], gains * embeddings, embeddings)
     hidden = model.get_decoder()(inputs_embeds=embeddings).last_hidden_state
     rows = labels != IGNORED
     return model.get_output_embeddings()(hidden[rows]), labels[rows]
@@ -191,14 +217,14 @@ def train_decoder(corpus: Corpus, settings: dict, folder: Path) -> dict:
         settings["stretch"],
         settings["pause"],
         settings["plain_share"],
+        settings["max_pauses"],
     )
     lengths = [min(len(text.split()), settings["max_words"]) for _, text in corpus.train.values()]
-    draw_any = text_source(sentences, words, lengths, settings["random_share"], corpus.held_back)
+    shares = (settings["random_share"], settings["repeat_share"])
+    draw_any = text_source(sentences, words, lengths, corpus.held_back, *shares)
     held_rng = random.Random(derive_seed(settings["seed"], "held-out text"))
     held_out = [draw_any(held_rng) for _ in range(settings["held_out"])]
-    draw = text_source(
-        sentences, words, lengths, settings["random_share"], corpus.held_back | set(held_out)
-    )
+    draw = text_source(sentences, words, lengths, corpus.held_back | set(held_out), *shares)
     model = build_decoder(settings, tokenizer)
     model.save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
@@ -239,7 +265,9 @@ def optimise(model, batches: Batches, settings: dict) -> float:
         raise_if_stopped()
         for group in optimiser.param_groups:
             group["lr"] = scheduled_lr(step, settings)
-        logits, labels = forward(model, batches(), settings["embedding_noise"])
+        logits, labels = forward(
+            model, batches(), settings["embedding_noise"], settings["max_gain"]
+        )
         loss = nn.functional.cross_entropy(logits, labels)
         optimiser.zero_grad()
         loss.backward()

@@ -52,9 +52,30 @@ SETTINGS = {
     "held_out": 100,
 }
 # Synthetic speech comes in many voices; a small real corpus is soon known by heart unless each copy sounds different.
-FRAMES = {"steps": 320, "dropout": 0.0, "speed": 0.1, "equaliser_db": 0.0, "stop_band": 0.0}
-CTC = {"steps": 2000, "dropout": 0.05, "speed": 0.15, "equaliser_db": 6.0, "stop_band": 0.15}
-_EQUALISER_KNOTS, _EQUALISER_STEPS, _STOP_BAND_GAIN = 8, 256, 0.03
+FRAMES = {
+    "steps": 320,
+    "dropout": 0.0,
+    "speed": 0.1,
+    "speed_by_row": False,
+    "equaliser_db": 0.0,
+    "stop_bands": 0,
+    "gaps": 0,
+}
+CTC = {
+    "steps": 2200,
+    "dropout": 0.1,
+    "speed": 0.2,
+    "speed_by_row": True,
+    "equaliser_db": 6.0,
+    "stop_bands": 2,
+    "gaps": 2,
+}
+_EQUALISER_KNOTS, _EQUALISER_STEPS = 8, 256
+_STOP_BAND_WIDTH, _STOP_BAND_GAIN, _GAP_SECONDS = (
+    0.15,
+    0.03,
+    0.1,
+)  # a width of the mel scale; at most
 
 
 def encoder_settings(labels: str, seed: int) -> dict:
@@ -141,8 +162,10 @@ class Audio:
             self.rng.shuffle(self.pool)
         return self.pool.pop()
 
-    def waveforms(self, uttids: list[str], augment: bool) -> tuple[Tensor, list[int], float]:
-        """Padded, normalised waveforms (B, N), true lengths, and the speed factor of the batch.
+    def waveforms(
+        self, uttids: list[str], augment: bool
+    ) -> tuple[Tensor, list[int], float | list[float]]:
+        """Padded, normalised waveforms (B, N), true lengths, and the speed factor of the batch or of each row.
 
         Arguments
         ---------
@@ -151,27 +174,33 @@ class Audio:
         augment : bool
             Whether to change speed (hence pitch) and timbre, and to add noise.
         """
-        lengths = [len(self.wavs[uttid]) for uttid in uttids]
-        wavs = nn.utils.rnn.pad_sequence([self.wavs[u] for u in uttids], batch_first=True)
-        speed = 1.0
-        if augment:
-            speed += self.settings["speed"] * self.rng.uniform(-1, 1)
-            wavs = nn.functional.interpolate(
-                wavs[:, None], size=int(wavs.shape[1] / speed), mode="linear"
-            )[:, 0]
+        rows = [self.wavs[uttid][None] for uttid in uttids]  # (1, N) each
+        speed: float | list[float] = 1.0
+        if augment and self.settings["speed_by_row"]:
+            speed = [self._draw_speed() for _ in rows]
+            rows = [change_speed(row, factor) for row, factor in zip(rows, speed, strict=True)]
+        lengths = [row.shape[1] for row in rows]
+        wavs = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+        if augment and not self.settings["speed_by_row"]:
+            speed = self._draw_speed()
+            wavs = change_speed(wavs, speed)
             lengths = [min(int(n / speed), wavs.shape[1]) for n in lengths]
         true = torch.arange(wavs.shape[1]) < torch.tensor(lengths)[:, None]
         if augment:
             wavs = self._filtered(wavs) * true
+            wavs = self._with_gaps(wavs, lengths)
             wavs = wavs + self._noise(wavs)
         count = true.sum(1, keepdim=True)
         wavs = (wavs - (wavs * true).sum(1, keepdim=True) / count) * true
         return wavs / (wavs.square().sum(1, keepdim=True) / count + 1e-7).sqrt(), lengths, speed
 
+    def _draw_speed(self) -> float:
+        return 1.0 + self.settings["speed"] * self.rng.uniform(-1, 1)
+
     def _filtered(self, wavs: Tensor) -> Tensor:
-        """Each row with a timbre of its own: a random smooth equaliser, and perhaps a band that is missing."""
-        decibels, widest = self.settings["equaliser_db"], self.settings["stop_band"]
-        if not (decibels or widest):
+        """Each row with a timbre of its own: a random smooth equaliser, and perhaps bands that are missing."""
+        decibels, bands = self.settings["equaliser_db"], self.settings["stop_bands"]
+        if not (decibels or bands):
             return wavs
         spectrum = torch.fft.rfft(wavs)
         rows, bins = spectrum.shape
@@ -181,11 +210,21 @@ class Audio:
         knots = decibels * torch.randn(rows, 1, _EQUALISER_KNOTS)
         gains = nn.functional.interpolate(knots, size=_EQUALISER_STEPS, mode="linear")[:, 0]
         gains = 10 ** (gains[:, (place * (_EQUALISER_STEPS - 1)).long()] / 20)  # (rows, bins)
-        width = widest * torch.rand(rows, 1)
-        start = (1 - width) * torch.rand(rows, 1)
-        missing = (place >= start) & (place < start + width) & (torch.rand(rows, 1) < 0.5)
-        gains = gains.masked_fill(missing, _STOP_BAND_GAIN)
+        for _ in range(bands):
+            width = _STOP_BAND_WIDTH * torch.rand(rows, 1)
+            start = (1 - width) * torch.rand(rows, 1)
+            missing = (place >= start) & (place < start + width) & (torch.rand(rows, 1) < 0.5)
+            gains = gains.masked_fill(missing, _STOP_BAND_GAIN)
         return torch.fft.irfft(spectrum * gains, wavs.shape[1])
+
+    def _with_gaps(self, wavs: Tensor, lengths: list[int]) -> Tensor:
+        """Each row with up to that many short silences."""
+        for row, length in enumerate(lengths if self.settings["gaps"] else []):
+            for _ in range(self.rng.randint(0, self.settings["gaps"])):
+                gap = int(self.rng.uniform(0, _GAP_SECONDS) * SAMPLE_RATE)
+                start = self.rng.randrange(max(1, length - gap))
+                wavs[row, start : start + gap] = 0
+        return wavs
 
     def _noise(self, wavs: Tensor) -> Tensor:
         """White or pink noise for a share of the rows, at random signal-to-noise ratios."""
@@ -199,6 +238,12 @@ class Audio:
         chosen = torch.rand(len(wavs), 1) < self.settings["noise_share"]
         power = wavs.square().mean(1, keepdim=True) / noise.square().mean(1, keepdim=True)
         return chosen * noise * power.sqrt() * 10 ** (-snr / 20)
+
+
+def change_speed(wavs: Tensor, factor: float) -> Tensor:
+    """Faster or slower, hence also higher or lower: (B, N) -> (B, int(N / factor))."""
+    size = int(wavs.shape[1] / factor)
+    return nn.functional.interpolate(wavs[:, None], size=size, mode="linear")[:, 0]
 
 
 def encode(model, wavs: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:

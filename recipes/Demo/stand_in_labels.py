@@ -109,7 +109,7 @@ class CtcObjective(nn.Module):
         self.head = nn.Linear(width * self.stack, len(units) + 1)
 
     def forward(
-        self, features: Tensor, lengths: list[int], uttids: list[str], speed: float
+        self, features: Tensor, lengths: list[int], uttids: list[str], speed: float | list[float]
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss per unit, and the share of utterances that best-path decoding gets right."""
         targets = [[self.ids[unit] for unit in self.texts[uttid]] for uttid in uttids]

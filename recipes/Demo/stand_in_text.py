@@ -61,8 +61,9 @@ def text_source(
     sentences: list[str],
     words: list[str],
     lengths: list[int],
-    random_share: float,
     forbidden: set[str],
+    random_share: float,
+    repeat_share: float = 0.0,
 ) -> Callable[[random.Random], str]:
     """A function that draws one text for the decoder.
 
@@ -74,10 +75,12 @@ def text_source(
         Vocabulary of random strings.
     lengths : list of int
         Numbers of words that random strings may have.
-    random_share : float
-        Share of random strings (all, if there are no sentences).
     forbidden : set of str
         Texts that may not be drawn.
+    random_share : float
+        Share of random strings (all, if there are no sentences).
+    repeat_share : float
+        Share of the words of a random string that just repeat the word before: counting needs practice.
 
     Returns
     -------
@@ -86,7 +89,7 @@ def text_source(
 
     Example
     -------
-    >>> draw = text_source([], ["one", "two"], [2], 1.0, {"one one", "two two", "two one"})
+    >>> draw = text_source([], ["one", "two"], [2], {"one one", "two two", "two one"}, 1.0)
     >>> draw(random.Random(1))
     'one two'
     """
@@ -96,7 +99,11 @@ def text_source(
         if allowed and rng.random() >= random_share:
             return rng.choice(allowed)
         for _ in range(1000):
-            text = " ".join(rng.choices(words, k=rng.choice(lengths)))
+            chosen = rng.choices(words, k=rng.choice(lengths))
+            for index in range(1, len(chosen)) if repeat_share else ():
+                if rng.random() < repeat_share:
+                    chosen[index] = chosen[index - 1]
+            text = " ".join(chosen)
             if text not in forbidden:
                 return text
         raise RuntimeError("every random string over the train vocabulary is held back")
@@ -116,13 +123,21 @@ class SlamText:
     stretch : list of float
         Probability that an input token is repeated 1, 2, 3 .. times: at 10 Hz a word lasts a few vectors.
     pause : float
-        Probability that a pause token follows another word (and another pause, up to three).
+        Probability that a pause token follows another word (and another pause, up to `max_pauses`).
     plain_share : float
         Share of examples that are the bare text, learned as a language model does.
+    max_pauses : int
+        Longest pause.
     """
 
     def __init__(
-        self, tokenizer, prompt: str, stretch: list[float], pause: float, plain_share: float
+        self,
+        tokenizer,
+        prompt: str,
+        stretch: list[float],
+        pause: float,
+        plain_share: float,
+        max_pauses: int = 3,
     ) -> None:
         self.ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
         self.prompt = self.ids(prompt)
@@ -130,6 +145,7 @@ class SlamText:
         self.eos = tokenizer.eos_token_id
         self.stretch = stretch
         self.pause = pause
+        self.max_pauses = max_pauses
         self.plain_share = plain_share
         self._inner: dict[str, list[int]] = {}
 
@@ -185,6 +201,6 @@ class SlamText:
 
     def _pauses(self, rng: random.Random, at_least: int = 0) -> list[int]:
         count = 0
-        while count < 3 and rng.random() < self.pause:
+        while count < self.max_pauses and rng.random() < self.pause:
             count += 1
         return [self.pause_id] * max(count, at_least)

@@ -14,15 +14,8 @@ import torch
 
 from recipes.Demo import parallel
 from recipes.Demo.corpus_ast import ParallelText
-from recipes.Demo.stand_in_decoder import (
-    SETTINGS as COPYING,
-)
-from recipes.Demo.stand_in_decoder import (
-    Batches,
-    build_decoder,
-    exact_match,
-    optimise,
-)
+from recipes.Demo.stand_in_decoder import SENTENCES, Batches, build_decoder, exact_match, optimise
+from recipes.Demo.stand_in_decoder import SETTINGS as COPYING
 from recipes.Demo.stand_in_text import SlamText, train_tokenizer
 from speechllm_prune.runtime import derive_seed
 
@@ -32,15 +25,18 @@ TASKS = {
     "ast_en_de": ("en", "de", "Translate English speech to German text.", 0.35),
     "ast_fr_en": ("fr", "en", "Translate French speech to English text.", 0.35),
 }
-SETTINGS = COPYING | {
-    "version": 1,  # raise it when the code below changes what is trained
-    "tasks": TASKS,
-    "steps": 450,
-    "batch_size": 48,
-    "pause": 0.15,
-    "plain_share": 0.05,
-    "max_words": 0,
-}
+SETTINGS = (
+    COPYING
+    | SENTENCES
+    | {
+        "version": 1,  # raise it when the code below changes what is trained
+        "tasks": TASKS,
+        "steps": 450,
+        "batch_size": 48,
+        "plain_share": 0.05,
+        "max_words": 0,
+    }
+)
 
 
 class Example(NamedTuple):
@@ -81,7 +77,12 @@ class TaskText:
     """
 
     def __init__(self, tokenizer, settings: dict) -> None:
-        options = (settings["stretch"], settings["pause"], settings["plain_share"])
+        options = (
+            settings["stretch"],
+            settings["pause"],
+            settings["plain_share"],
+            settings["max_pauses"],
+        )
         self.layouts = {
             name: SlamText(tokenizer, prompt, *options)
             for name, (_, _, prompt, _) in settings["tasks"].items()

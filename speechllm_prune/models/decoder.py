@@ -64,13 +64,21 @@ def load_decoder(
     from transformers import AutoModelForCausalLM
 
     with explain_hub_errors(hub, "decoder_hub"):
-        decoder, report = AutoModelForCausalLM.from_pretrained(
-            hub,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
+        try:
+            decoder, report = AutoModelForCausalLM.from_pretrained(
+                hub,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+            )
+        except ValueError as error:
+            # Gemma 2 caps the scores inside its attention, which sdpa cannot do.
+            if "attention implementation" not in str(error) or attention == "eager":
+                raise
+            raise UserError(
+                f"decoder_hub: {hub!r} does not support --attention {attention}; give --attention eager"
+            ) from None
     strange = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if strange:
         # transformers would go on with random weights (missing) or fewer layers than stored (unexpected).
@@ -111,6 +119,59 @@ def check_supported(decoder: Any) -> None:
         raise UserError(
             f"decoder {decoder.config.model_type!r} is not of the Llama/Qwen2 kind (it has no list of layers)"
         )
+
+
+def check_prunable(decoder: Any, per_layer_fields: tuple[str, ...]) -> None:
+    """Refuse decoders that would not be the same model with fewer layers.
+
+    Arguments
+    ---------
+    decoder : PreTrainedModel or PeftModel
+        A causal LM.
+    per_layer_fields : tuple of str
+        Fields of its config that the caller shortens with the layers.
+
+    Raises
+    ------
+    UserError
+        If the weights are quantised, layers share weights, layers and config disagree, or the config has per-layer
+        settings that nobody here knows.
+    """
+    body = decoder.get_decoder()
+    config, layers, name = body.config, body.layers, f"decoder {decoder.config.model_type!r}"
+    if is_quantised(decoder):
+        raise UserError(
+            f"{name} is quantised: load it unquantised, remove layers and heal, then quantise the export"
+        )
+    if config.num_hidden_layers != len(layers):
+        raise UserError(
+            f"{name} has {len(layers)} layers and a config of {config.num_hidden_layers}: load it anew"
+        )
+    owners = [id(parameter) for layer in layers for parameter in layer.parameters()]
+    if len(set(owners)) != len(owners):
+        raise UserError(f"{name} shares weights between layers, which is not supported")
+    unknown = [
+        field
+        for field, value in vars(config).items()
+        if isinstance(value, (list, tuple))
+        and len(value) == len(layers)
+        and ("layer" in field or "pattern" in field)
+        and field not in per_layer_fields
+    ]
+    unknown += [f for f in ("num_kv_shared_layers",) if getattr(config, f, 0)]
+    if unknown:
+        raise UserError(f"{name} has per-layer settings that are not supported ({unknown[0]})")
+
+
+def is_quantised(decoder: Any) -> bool:
+    """Whether the layers' weights are stored in fewer bits than they are computed in."""
+    marks = ("hf_quantizer", "quantization_method")
+    if any(getattr(decoder, mark, None) is not None for mark in marks):
+        return True
+    if getattr(decoder.config, "quantization_config", None) is not None:
+        return True
+    weights = decoder_layers(decoder).parameters()
+    return any(not weight.is_floating_point() or weight.element_size() == 1 for weight in weights)
 
 
 def resolve_token_ids(decoder: Any, tokenizer: Any) -> TokenIds:

@@ -1,49 +1,97 @@
-"""The prune stage: choosing a block, writing its plan, exporting a variant."""
+"""The prune stage: choosing a block and writing its plan."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from speechllm_prune.experiment import (
-    Variant,
     provenance,
     read_json,
     write_json,
 )
 from speechllm_prune.hparams import hub_fingerprint
-from speechllm_prune.prune.path import tail_path
+from speechllm_prune.prune.selectors import Evidence, select
 from speechllm_prune.prune.surgery import PrunePlan
-from speechllm_prune.restore import read_plan
 from speechllm_prune.runtime import UserError
 from speechllm_prune.workbench import Workbench
 
+NAMED_PATHS = ("own", "text", "tail", "influence", "random", "rerank")
+"""What `--path` takes beside a file: which selector chooses, and on what."""
+
 
 def choose_start_layer(bench: Workbench, block_size: int, path: str, num_layers: int) -> int:
-    """Start layer of a block of the given size on a path (`own`, `text`, `tail`, or a path.json)."""
+    """Start layer of a block of the given size on a path (one of `NAMED_PATHS`, or a path.json)."""
     if not 1 <= block_size <= num_layers - 1:
         raise UserError(
             f"block_size {block_size} is outside 1..{num_layers - 1} (the decoder has {num_layers} layers); "
             f"give --block_size N"
         )
-    if path == "tail":
-        return tail_path(num_layers)[block_size]
-    if path in ("own", "text"):
-        stage = f"measure/{'speech' if path == 'own' else 'text'}"
-        options = ["--measure_input text"] if path == "text" else []
-        file = bench.experiment.require(stage, bench.run.command("measure", *options)) / "path.json"
-    else:
-        file = Path(path)
-        if not file.is_file():
-            raise UserError(f"path {path!r} is neither own, text, tail nor a file")
+    found = path_of(bench, path, num_layers)
+    if block_size not in found:
+        sizes = ", ".join(map(str, sorted(found)))
+        raise UserError(f"path {path!r} has no block of size {block_size}; it has {sizes}")
+    return found[block_size]
+
+
+def path_of(bench: Workbench, path: str, num_layers: int) -> dict[int, int]:
+    """The whole path {n: l} that `--path` names.
+
+    Raises
+    ------
+    UserError
+        If it was not measured yet (naming the command), is no path, or is of another decoder.
+    """
+    if path in ("tail", "random"):
+        return select(path, Evidence(num_layers, seed=bench.hparams["seed"]))
+    if path == "influence":
+        return select(path, Evidence(num_layers, influence=_influence(bench, num_layers)))
+    file = _path_file(bench, path)
     found = read_json(file)
     if not isinstance(found.get("path"), dict) or "num_layers" not in found:
         raise UserError(f"{file} is not a path.json of measure.py")
-    if found["num_layers"] != num_layers:
-        raise UserError(
-            f"{file} is for a decoder of {found['num_layers']} layers, this one has {num_layers}"
-        )
-    return int(found["path"][str(block_size)])
+    _same_depth(file, found["num_layers"], num_layers)
+    try:
+        return select("given", Evidence(num_layers, given=found["path"]))
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is not a path.json of measure.py: {found['path']}") from None
+
+
+def _path_file(bench: Workbench, path: str) -> Path:
+    if path not in NAMED_PATHS:
+        if not Path(path).is_file():
+            raise UserError(f"path {path!r} is neither {', '.join(NAMED_PATHS)} nor a file")
+        return Path(path)
+    stage = "measure/text" if path == "text" else "measure/speech"
+    options = {"text": ["--measure_input text"], "rerank": ["--rerank 4"]}.get(path, [])
+    command = bench.run.command("measure", *options)
+    folder = bench.experiment.require(stage, command)
+    if path != "rerank":
+        return folder / "path.json"
+    file = folder / "rerank.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; run: {command}")
+    bench.experiment.check_inputs(file, read_json(file))
+    return file
+
+
+def _influence(bench: Workbench, num_layers: int) -> Any:
+    """The matrix of block influence that measure.py wrote, for speech."""
+    from safetensors.torch import load_file
+
+    command = bench.run.command("measure")
+    file = bench.experiment.require("measure/speech", command) / "distances.safetensors"
+    tensors = load_file(file)
+    if "influence" not in tensors:
+        raise UserError(f"{file} holds no block influence; run: {command} --overwrite")
+    _same_depth(file, len(tensors["influence"]), num_layers)
+    return tensors["influence"].tolist()
+
+
+def _same_depth(file: Path, measured: int, num_layers: int) -> None:
+    if measured != num_layers:
+        raise UserError(f"{file} is for a decoder of {measured} layers, this one has {num_layers}")
 
 
 def plan_block(
@@ -96,18 +144,3 @@ def decoder_depth(bench: Workbench) -> int:
             bench.hparams["decoder_hub"], revision=bench.hparams["decoder_revision"]
         )
     return config.get_text_config().num_hidden_layers
-
-
-def export_variant(bench: Workbench, variant: Variant, folder: Path) -> Path:
-    """Write a variant as an export folder, from a model of its own: merging adapters changes it for good."""
-    from speechllm_prune.prune.export import export
-    from speechllm_prune.restore import restore
-
-    plan = read_plan(bench.experiment, variant)
-    model = restore(bench.experiment, variant.name, bench.hparams, bench.device)
-    facts = {
-        "variant": variant.name,
-        "num_layers": plan.num_layers,
-        "kept_layers": plan.kept_layers,
-    }
-    return export(model, folder, bench.hparams, bench.run.config_hash("heal"), **facts)

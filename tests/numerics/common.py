@@ -18,7 +18,7 @@ from speechllm_prune.brain import SpeechLLMBrain
 from speechllm_prune.checkpoint import AtomicCheckpointer
 from speechllm_prune.data.batching import Batch, collate
 from speechllm_prune.data.prompt import encode_target
-from speechllm_prune.models.speechllm import SpeechLLM
+from speechllm_prune.models.speechllm import DecoderInputs, SpeechLLM
 from speechllm_prune.prune.lora import TRAIN_ADAPTER
 from speechllm_prune.restore import build_model
 from tests import tiny
@@ -86,6 +86,21 @@ def utterances(
 def batch_of(model: SpeechLLM, num_words: Sequence[int] = (1, 5, 2, 4), seed: int = 0) -> Batch:
     """One mixed-length batch."""
     return collate(utterances(model, num_words, seed))
+
+
+def random_inputs(decoder: Any, lengths: list[int], seed: int = 0) -> DecoderInputs:
+    """Padded on the right, with labels on the last half of every row."""
+    generator = torch.Generator().manual_seed(seed)
+    width, longest = decoder.get_input_embeddings().embedding_dim, max(lengths)
+    mask = torch.tensor([[1] * n + [0] * (longest - n) for n in lengths])
+    rows = [(i, t) for i, n in enumerate(lengths) for t in range(n // 2, n)]
+    return DecoderInputs(
+        torch.randn(len(lengths), longest, width, generator=generator),
+        mask,
+        (mask.cumsum(1) - 1).clamp(min=0),
+        torch.tensor(rows).T.contiguous(),
+        torch.randint(3, 49, (len(rows),), generator=generator),
+    )
 
 
 class FixedSampler:

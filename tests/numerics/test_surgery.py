@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     MistralConfig,
     PretrainedConfig,
@@ -20,9 +22,15 @@ from transformers import (
 )
 
 from speechllm_prune.inference import greedy_search
+from speechllm_prune.models.decoder import decoder_layers, lm_logits
 from speechllm_prune.models.speechllm import SpeechLLM
 from speechllm_prune.prune.lora import LoraSettings
-from speechllm_prune.prune.surgery import PrunePlan, Removal, remove_layers
+from speechllm_prune.prune.surgery import (
+    PrunePlan,
+    Removal,
+    check_cached_decoding,
+    remove_layers,
+)
 from speechllm_prune.restore import HealState, cut, set_trainable, train_names
 from speechllm_prune.runtime import UserError
 from tests import tiny
@@ -48,6 +56,25 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma3_text": lambda: Gemma3TextConfig(
         **SIZES, sliding_window=5, layer_types=["sliding_attention", "full_attention"] * (L // 2)
     ),
+    "gemma3_nested": lambda: Gemma3Config(
+        text_config={
+            **SIZES,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * (L // 2),
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=1,
+        image_token_index=49,
+    ),
+    "gemma2": lambda: Gemma2Config(**SIZES, sliding_window=5, final_logit_softcapping=2.0),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
     "qwen2_sliding": lambda: Qwen2Config(
         **{key: value for key, value in SIZES.items() if key != "head_dim"},
         use_sliding_window=True,
@@ -65,14 +92,15 @@ def decoder_of(folder: Path) -> Any:
 def rebuilt_with_fewer_layers(decoder: Any, kept: list[int]) -> Any:
     """An independent way to the same model: a new one from a new config, the kept layers' weights copied in by name."""
     config = copy.deepcopy(decoder.config)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[index] for index in kept]
+    text = config.get_text_config()
+    text.num_hidden_layers = len(kept)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[index] for index in kept]
     small = AutoModelForCausalLM.from_config(config).eval()
     weights = {}
     for name, tensor in decoder.state_dict().items():
         parts = name.split(".")
-        if "layers" in parts:
+        if "layers" in parts and "vision_tower" not in parts:
             at = parts.index("layers") + 1
             if int(parts[at]) not in kept:
                 continue
@@ -103,7 +131,7 @@ def hand_written_forward(decoder: Any, layers: list[torch.nn.Module], ids: Tenso
 @torch.no_grad()
 def check_pruned(decoder: Any, reference: Any, tmp_path: Path) -> None:
     """Whole forward, cached greedy search, and save_pretrained followed by a reload, all against the reference."""
-    ids = torch.randint(3, 50, (2, 17))
+    ids = torch.randint(3, 49, (2, 17))
     expected = reference(input_ids=ids, use_cache=False).logits
     assert torch.equal(decoder(input_ids=ids, use_cache=False).logits, expected)
     embeds = decoder.get_input_embeddings()(ids)
@@ -122,7 +150,9 @@ def check_pruned(decoder: Any, reference: Any, tmp_path: Path) -> None:
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(reloaded.eval()(input_ids=ids).logits, expected)
-    assert reloaded.config.num_hidden_layers == len(reloaded.model.layers)
+    depth = reloaded.config.get_text_config().num_hidden_layers
+    assert depth == len(decoder_layers(reloaded)) == len(decoder_layers(decoder))
+    assert check_cached_decoding(decoder) < 1e-4 and check_cached_decoding(reloaded) < 1e-4
     assert reloaded.generation_config.eos_token_id == decoder.generation_config.eos_token_id
 
 
@@ -167,7 +197,7 @@ def test_other_families(family: str, tmp_path: Path, start: int, size: int) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_undo_restores_the_config_of_other_families(family: str) -> None:
     decoder = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
-    ids = torch.randint(3, 50, (1, 17))
+    ids = torch.randint(3, 49, (1, 17))
     with torch.no_grad():
         expected = decoder(input_ids=ids).logits
         config = copy.deepcopy(decoder.config.to_dict())
@@ -177,6 +207,20 @@ def test_undo_restores_the_config_of_other_families(family: str) -> None:
         removal.undo()
         assert decoder.config.to_dict() == config
         assert torch.equal(decoder(input_ids=ids).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+def test_lm_logits_pass_the_soft_cap(family: str) -> None:
+    """Gemma 2 caps its logits: label rows that skip the cap would have another loss."""
+    decoder = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    decoder.get_output_embeddings().weight.data *= 4
+    ids = torch.randint(3, 49, (1, 7))
+    hidden = decoder.get_decoder()(input_ids=ids).last_hidden_state
+    expected = decoder(input_ids=ids).logits
+    torch.testing.assert_close(lm_logits(decoder, hidden), expected, atol=1e-5, rtol=1e-5)
+    uncapped = decoder.get_output_embeddings()(hidden)  # the wrong way
+    assert torch.allclose(uncapped, expected, atol=1e-5) == (family == "qwen3")
 
 
 def test_removing_twice_equals_removing_both(qwen2: Path) -> None:
@@ -202,6 +246,69 @@ def test_nonsense_blocks_are_refused_and_leave_the_decoder_alone(
     assert len(decoder.model.layers) == decoder.config.num_hidden_layers == L
     with pytest.raises(UserError, match="is outside"):
         PrunePlan(L, start, size)
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "name"), [(1.0, 2, "start_layer"), (1, True, "block_size"), ("1", 2, "start")]
+)
+def test_blocks_that_are_no_whole_numbers_are_refused(
+    qwen2: Path, start: Any, size: Any, name: str
+) -> None:
+    decoder = decoder_of(qwen2)
+    with pytest.raises(UserError, match=rf"{name}.*no whole number.*block_size 1\.\.5"):
+        remove_layers(decoder, start, size)
+    assert len(decoder.model.layers) == L
+
+
+class FakeQuantiser:
+    """What transformers leaves on a model that it has loaded in 4 or 8 bits."""
+
+
+def spoil_quantizer(decoder: Any) -> None:
+    decoder.hf_quantizer = FakeQuantiser()
+
+
+def spoil_config(decoder: Any) -> None:
+    decoder.config.quantization_config = {"load_in_4bit": True}
+
+
+def spoil_weights(decoder: Any) -> None:
+    linear = decoder.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.data.to(torch.int8), requires_grad=False)
+
+
+def spoil_sharing(decoder: Any) -> None:
+    decoder.model.layers[1].mlp.up_proj.weight = decoder.model.layers[4].mlp.up_proj.weight
+
+
+def spoil_count(decoder: Any) -> None:
+    decoder.config.num_hidden_layers = L - 1
+
+
+def spoil_pattern(decoder: Any) -> None:
+    decoder.config.activation_sparsity_pattern = [0.5] * L
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_quantizer, "is quantised"),
+        (spoil_config, "is quantised"),
+        (spoil_weights, "is quantised"),
+        (spoil_sharing, "shares weights between layers"),
+        (spoil_count, "has 6 layers and a config of 5"),
+        (spoil_pattern, "activation_sparsity_pattern"),
+    ],
+)
+def test_decoders_that_cannot_be_cut_are_refused_and_left_alone(
+    qwen2: Path, spoil: Callable[[Any], None], message: str
+) -> None:
+    decoder = decoder_of(qwen2)
+    spoil(decoder)
+    layers, config = list(decoder.model.layers), copy.deepcopy(decoder.config.to_dict())
+    with pytest.raises(UserError, match=message):
+        remove_layers(decoder, 1, 2)
+    assert list(decoder.model.layers) == layers and decoder.config.to_dict() == config
 
 
 # ---------------------------------------------------------------------------------------------- cut and uncut
