@@ -95,7 +95,7 @@ common+=(--train_manifests "[${train#,}]" --eval_manifests "[${tests#,}]")
 common+=(--valid_manifest "$name/$dev" --measure_manifest "$name/$dev" --results_note "$note")
 models=(--encoder_hub "$stand_ins/encoder" --decoder_hub "$stand_ins/decoder")
 # Real speech is harder than synthetic speech: the projector takes longer to its plateau.
-if [ "$name" != demo ]; then models+=(--num_steps 800 --valid_interval 200 --valid_utterances 120); fi
+if [ "$name" != demo ]; then models+=(--num_steps 400 --valid_interval 100 --valid_utterances 120); fi
 run() { local verb=$1; shift; "$PYTHON" "$verb.py" "$leaf" "${common[@]}" "$@"; }
 
 say "training the projector"
