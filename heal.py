@@ -33,8 +33,8 @@ def main(argv: list[str]) -> int | None:
         )
         return None
     from speechllm_prune.stages.export import export_if_asked
+    from speechllm_prune.stages.heal import heal
     from speechllm_prune.stages.plan import plan_block
-    from speechllm_prune.training import heal
     from speechllm_prune.workbench import Workbench
 
     bench = Workbench(run)

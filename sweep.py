@@ -36,9 +36,7 @@ def main(argv: list[str]) -> int | None:
             choose_start_layer(bench, size, hparams["path"], decoder_depth(bench))
     if run.flags.dry_run:
         for point in mine:
-            print(
-                f"would run n={point.block_size} {point.heal_mode}{' control' if point.control else ''}"
-            )
+            print(f"would run {point}")
         return None
     failed = run_sweep(bench, mine)
     print(

@@ -7,7 +7,7 @@ ranks: how a step is cut into micro-batches and ranks cannot change it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import speechbrain as sb
@@ -22,6 +22,7 @@ from speechllm_prune.checkpoint import AtomicCheckpointer, StateDicts, Trainable
 from speechllm_prune.data.batching import Batch, EndlessBatchSampler
 from speechllm_prune.inference import Hypothesis, decode_batch
 from speechllm_prune.models.speechllm import LossSums, SpeechLLM
+from speechllm_prune.prune.distill import TeacherRows
 from speechllm_prune.runtime import Stopped, stop_requested
 from speechllm_prune.tasks import TASKS, score
 
@@ -114,6 +115,8 @@ class SpeechLLMBrain(sb.Brain):
         Where this run saves.
     train_logger : callable
         Has `log_stats`.
+    teacher : callable, optional
+        Batch -> `TeacherRows`: distillation.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class SpeechLLMBrain(sb.Brain):
         run_opts: dict[str, Any],
         checkpointer: AtomicCheckpointer,
         train_logger: Any,
+        teacher: Callable[[Batch], TeacherRows] | None = None,
     ) -> None:
         super().__init__(
             modules={"model": model}, hparams=hparams, run_opts=run_opts, checkpointer=checkpointer
@@ -134,6 +138,7 @@ class SpeechLLMBrain(sb.Brain):
         self.num_steps, self.valid_interval = num_steps, valid_interval
         self.sampler = sampler
         self.train_logger = train_logger
+        self.teacher = teacher
         self.task = TASKS[hparams["task"]]
         self.counters = Counters(self.device)
         self.world_size = torch.distributed.get_world_size() if is_distributed_initialized() else 1
@@ -176,7 +181,7 @@ class SpeechLLMBrain(sb.Brain):
 
     def compute_forward(self, batch: Batch, stage: sb.Stage) -> LossSums:
         """Teacher-forced sums over the labels of a batch."""
-        return self.modules.model(batch)
+        return self.modules.model(batch, self.teacher(batch) if self.teacher else None)
 
     def compute_objectives(self, predictions: LossSums, batch: Batch, stage: sb.Stage) -> Tensor:
         """Mean loss per label of this batch, for display and validation."""

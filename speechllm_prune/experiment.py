@@ -306,6 +306,11 @@ class Variant:
         """Name of the block, `l18n08`: the folder of its plan."""
         return f"l{self.start_layer:02d}n{self.block_size:02d}"
 
+    @property
+    def is_healed(self) -> bool:
+        """Whether the variant has a stage in `heal/`: all but the full model and the plain cut have."""
+        return self.start_layer is not None and (self.heal_mode != "none" or bool(self.tag))
+
     @classmethod
     def parse(cls, name: str) -> Variant:
         """Read a variant's name.

@@ -35,7 +35,10 @@ STAGE_KEYS: dict[str, frozenset[str]] = {
         "measure_manifest text_file last_token measure_lora measure_batch_size".split()
     ),
     "rerank": frozenset("rerank rerank_utterances".split()),
-    "heal": frozenset("heal_steps heal_lora_rank heal_lora_alpha heal_lora_dropout".split()),
+    "heal": frozenset(
+        "heal_steps heal_lora_rank heal_lora_alpha heal_lora_dropout heal_lora_layers heal_kl_beta heal_kl_top "
+        "compensate compensate_ridge compensate_utterances".split()
+    ),
     "evaluate": frozenset("eval_batch_size max_tokens_per_second target_language".split()),
 }
 """Keys that decide the results of one stage after training. Keys in none of these sets are the training's identity."""
@@ -64,16 +67,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "fp32", "bf16"),
     "measure_input": ("speech", "text"),
     "last_token": ("sequence", "prompt"),
-    "heal_mode": ("decoder", "projector", "joint"),
+    "heal_mode": ("none", "decoder", "projector", "joint"),
+    "heal_lora_layers": ("receiver", "all"),
 }
 COMMAND_LINE = "command line"
 POSITIVE = frozenset(
     "frame_stack projector_dim num_steps batch_size pool_batches grad_accumulation_factor valid_interval heal_steps "
-    "heal_lora_rank eval_batch_size measure_batch_size rerank_utterances lr max_grad_norm max_tokens_per_second".split()
+    "heal_lora_rank eval_batch_size measure_batch_size rerank_utterances heal_kl_top compensate_utterances lr "
+    "max_grad_norm max_tokens_per_second".split()
 )
 NOT_NEGATIVE = frozenset(
     "warmup_steps batch_positions valid_utterances decoder_lora_rank min_seconds max_seconds max_target_tokens "
-    "num_workers block_size rerank max_bad_share tolerance".split()
+    "num_workers block_size rerank heal_kl_beta compensate_ridge max_bad_share tolerance".split()
 )
 
 
@@ -168,6 +173,15 @@ def resolve_hparams(
     modules = (*ALLOWED_MODULES, *allowed_modules)
     for key, node in tree.items():
         _check_objects(key, node, modules, path)
+    stream = io.StringIO()
+    _yaml().dump(tree, stream)
+    return stream.getvalue()
+
+
+def with_values(text: str, values: Mapping[str, Any]) -> str:
+    """The flat YAML text with plain values in the place of some of its own."""
+    tree = _parse(text, "the YAML")
+    tree.update(values)
     stream = io.StringIO()
     _yaml().dump(tree, stream)
     return stream.getvalue()

@@ -12,14 +12,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from speechllm_prune.checkpoint import load_checkpoint_tensors, load_tensors
 from speechllm_prune.experiment import Experiment, Variant, read_json
 from speechllm_prune.hparams import load_hparams
-from speechllm_prune.models.decoder import load_decoder
+from speechllm_prune.models.decoder import decoder_layers, load_decoder
 from speechllm_prune.models.encoder import load_encoder
 from speechllm_prune.models.speechllm import SpeechLLM
+from speechllm_prune.prune.compensate import COMPENSATION_FILE, check_compensable
 from speechllm_prune.prune.lora import (
     TRAIN_ADAPTER,
     LoraSettings,
@@ -40,16 +42,22 @@ class HealState:
     Arguments
     ---------
     mode : str
-        decoder | projector | joint.
+        none (with a compensation) | decoder | projector | joint.
     lora : LoraSettings
-        Of the receiving layer's adapters (unused in mode `projector`).
+        Of the receiving layer's adapters (unused in modes `projector` and `none`).
     tensors : dict, optional
         Trained tensors by name; None for a fresh start.
+    lora_layers : str
+        receiver | all: where the adapters sit.
+    compensation : Tensor, optional
+        Weight that takes the place of `mlp.down_proj` of the layer before the cut.
     """
 
     mode: str
     lora: LoraSettings
     tensors: dict[str, Tensor] | None = field(default=None, repr=False)
+    lora_layers: str = "receiver"
+    compensation: Tensor | None = field(default=None, repr=False)
 
     @property
     def heals_decoder(self) -> bool:
@@ -63,7 +71,12 @@ class HealState:
 
     def facts(self) -> dict[str, Any]:
         """For DONE.json, from which `read_heal_state` reads it back."""
-        return {"heal_mode": self.mode, "lora": asdict(self.lora)}
+        return {
+            "heal_mode": self.mode,
+            "lora": asdict(self.lora),
+            "lora_layers": self.lora_layers,
+            "compensated": self.compensation is not None,
+        }
 
 
 def choose_device(name: str | None) -> str:
@@ -197,28 +210,29 @@ def read_plan(experiment: Experiment, variant: Variant) -> PrunePlan:
 
 
 def read_heal_state(experiment: Experiment, variant: Variant) -> HealState | None:
-    """What healing trained for a variant; None for `none`.
+    """What healing trained or computed for a variant; None for plain `none`.
 
     Raises
     ------
     UserError
         If the healing is not finished.
     """
-    if variant.heal_mode == "none":
+    if not variant.is_healed:
         return None
     command = (
         f"python heal.py LEAF --block_size {variant.block_size} --start_layer {variant.start_layer} "
         f"--heal_mode {variant.heal_mode}"
         + (" --control" if variant.control else "")
-        + (f" --tag {variant.tag}" if variant.tag else "")
+        + (f" (and the keys that give the tag {variant.tag})" if variant.tag else "")
     )
     folder = experiment.require(f"heal/{variant.name}", command)
     done = read_json(folder / "DONE.json")
-    tensors = load_checkpoint_tensors(folder / done["checkpoint"])
-    if "kept_layers" in done:  # not in folders of versions that did not store it
-        kept = read_plan(experiment, variant).kept_layers
-        check_adapter(tensors, done["kept_layers"], kept, f"the healing in {folder}")
-    return HealState(done["heal_mode"], LoraSettings(**done["lora"]), tensors)
+    tensors = load_checkpoint_tensors(folder / done["checkpoint"]) if "checkpoint" in done else {}
+    kept = read_plan(experiment, variant).kept_layers
+    check_adapter(tensors, done["kept_layers"], kept, f"the healing in {folder}")
+    compensation = load_file(folder / COMPENSATION_FILE)["weight"] if done["compensated"] else None
+    lora = LoraSettings(**done["lora"])
+    return HealState(done["heal_mode"], lora, tensors, done["lora_layers"], compensation)
 
 
 @contextmanager
@@ -244,12 +258,16 @@ def cut(
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     projector = {name: tensor.clone() for name, tensor in model.projector.state_dict().items()}
     removal = _removal(model, plan, heal_state)
+    compensated = _compensated_weight(model, plan, heal_state)
+    before = None if compensated is None else compensated.data
     try:
         yield _apply(model, plan, removal, heal_state)
     finally:
         remove_healing_lora(model.decoder)
         if removal is not None:
             removal.undo()
+        if compensated is not None and before is not None:
+            compensated.data = before
         model.projector.load_state_dict(projector)
         set_trainable(model, trainable)
         model.zero_grad(set_to_none=True)
@@ -270,18 +288,30 @@ def _removal(model: SpeechLLM, plan: PrunePlan, heal_state: HealState | None) ->
     return None if plan.control else Removal(model.decoder, plan.start_layer, plan.block_size)
 
 
+def _compensated_weight(model: SpeechLLM, plan: PrunePlan, heal_state: HealState | None) -> Any:
+    """The parameter that a compensation replaces; None without one."""
+    if heal_state is None or heal_state.compensation is None:
+        return None
+    check_compensable(model.decoder, plan.start_layer)
+    return decoder_layers(model.decoder)[plan.start_layer - 1].mlp.down_proj.weight
+
+
 def _apply(
     model: SpeechLLM, plan: PrunePlan, removal: Removal | None, heal_state: HealState | None
 ) -> list[str]:
-    """Remove layers, add adapters, load tensors; returns the names healing owns."""
+    """Remove layers, merge the compensation, add adapters, load tensors; returns the names healing owns."""
+    compensated = _compensated_weight(model, plan, heal_state)
     if removal is not None:
         removal.apply()
     if heal_state is None:
         return []
+    if compensated is not None and heal_state.compensation is not None:
+        compensated.data = heal_state.compensation.to(compensated)
     adapters: list[str] = []
     if heal_state.heals_decoder:
         layer = plan.receiving_layer if plan.control else plan.start_layer
         assert layer is not None
+        layer = layer if heal_state.lora_layers == "receiver" else None
         adapters = add_healing_lora(model.decoder, layer, heal_state.lora)
         model.decoder.to(model.device)
     names = heal_names(model, heal_state, adapters)

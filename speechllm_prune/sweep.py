@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from speechllm_prune.experiment import Variant
 from speechllm_prune.runtime import Stopped, UserError
 from speechllm_prune.stages.evaluate import evaluate
+from speechllm_prune.stages.heal import EXTRAS, extras_of, heal
 from speechllm_prune.stages.plan import plan_block
-from speechllm_prune.training import heal
 from speechllm_prune.workbench import Workbench
 
 HEAL_MODES = ("none", "decoder", "projector", "joint")
@@ -28,11 +28,18 @@ class Point:
         none | decoder | projector | joint.
     control : bool
         Nothing removed.
+    extras : tuple of str
+        Beyond the paper: of `all`, `comp`, `kl`.
     """
 
     block_size: int
     heal_mode: str
     control: bool = False
+    extras: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        mode = "+".join([self.heal_mode, *self.extras])
+        return f"n={self.block_size} {mode}{' control' if self.control else ''}"
 
 
 def plan_points(
@@ -45,30 +52,60 @@ def plan_points(
     block_sizes : list of int
         Empty: every n from 1 to L/2.
     heal_modes : list of str
-        Of `none`, `decoder`, `projector`, `joint`.
+        Of `none`, `decoder`, `projector`, `joint`, each perhaps with extras: `joint+kl`, `none+comp`.
     num_layers : int
         L.
     control : bool
-        Whether to add, for the largest block size, the control of every healing mode.
+        Whether to add, for the largest block size, the control of every healing mode without extras.
 
     Example
     -------
-    >>> [(p.block_size, p.heal_mode, p.control) for p in plan_points([2], ["none", "joint"], 6, True)]
-    [(2, 'none', False), (2, 'joint', False), (2, 'joint', True)]
+    >>> [str(point) for point in plan_points([2], ["joint+kl", "none", "joint"], 6, control=True)]
+    ['n=2 none', 'n=2 joint', 'n=2 joint+kl', 'n=2 joint control']
     """
-    unknown = [mode for mode in heal_modes if mode not in HEAL_MODES]
-    if unknown:
-        raise UserError(f"heal_modes: {unknown[0]!r} is not one of {', '.join(HEAL_MODES)}")
+    modes = sorted({parse_mode(mode) for mode in heal_modes}, key=_order)
     sizes = sorted(set(block_sizes)) or list(range(1, num_layers // 2 + 1))
     if sizes[-1] > num_layers - 1:
         raise UserError(
             f"block_sizes: {sizes[-1]} is outside 1..{num_layers - 1} (the decoder has {num_layers} layers)"
         )
-    modes = [mode for mode in HEAL_MODES if mode in heal_modes]
-    points = [Point(size, mode) for size in sizes for mode in modes]
+    points = [Point(size, mode, extras=extras) for size in sizes for mode, extras in modes]
     if control:
-        points += [Point(sizes[-1], mode, control=True) for mode in modes if mode != "none"]
+        points += [
+            Point(sizes[-1], mode, control=True)
+            for mode, extras in modes
+            if mode != "none" and not extras
+        ]
     return points
+
+
+def parse_mode(text: str) -> tuple[str, tuple[str, ...]]:
+    """Heal mode and extras of an entry of `heal_modes`.
+
+    Raises
+    ------
+    UserError
+
+    Example
+    -------
+    >>> parse_mode("joint+kl+comp")
+    ('joint', ('comp', 'kl'))
+    """
+    mode, *extras = text.split("+")
+    if mode not in HEAL_MODES:
+        raise UserError(f"heal_modes: {text!r} is not one of {', '.join(HEAL_MODES)}")
+    allowed = {"none": ["comp"], "projector": ["comp", "kl"]}.get(mode, list(EXTRAS))
+    for extra in extras:
+        if extra not in allowed:
+            raise UserError(
+                f"heal_modes: {text!r}: {mode} takes {', '.join(f'+{name}' for name in allowed)}"
+            )
+    return mode, tuple(sorted(set(extras)))
+
+
+def _order(entry: tuple[str, tuple[str, ...]]) -> tuple[int, int, tuple[str, ...]]:
+    mode, extras = entry
+    return HEAL_MODES.index(mode), len(extras), extras
 
 
 def shard_of(points: list[Point], shard: str) -> list[Point]:
@@ -101,8 +138,7 @@ def run_sweep(bench: Workbench, points: list[Point]) -> list[str]:
         except (Stopped, KeyboardInterrupt):
             raise
         except Exception as error:  # the other points must not be lost with this one
-            name = f"n={point.block_size} {point.heal_mode}{' control' if point.control else ''}"
-            failed.append(f"{name}: {type(error).__name__}: {error}")
+            failed.append(f"{point}: {type(error).__name__}: {error}")
             print(f"failed: {failed[-1]}", file=sys.stderr)
     return failed
 
@@ -111,9 +147,13 @@ def run_point(bench: Workbench, point: Point) -> str:
     """Plan, heal and evaluate one point; returns the variant's name."""
     path = bench.hparams["path"]
     plan = plan_block(bench, point.block_size, path, bench.hparams["start_layer"], point.control)
-    if point.heal_mode == "none":
+    on_already = extras_of(bench.hparams, point.heal_mode)  # by a key, perhaps with another value
+    extras = [extra for extra in point.extras if extra not in on_already]
+    keys = {key: value for extra in extras for key, value in EXTRAS[extra].items()}
+    if point.heal_mode == "none" and not point.extras:
         name = Variant(plan.start_layer, plan.block_size).name
     else:
-        name = heal(bench, plan, point.heal_mode, bench.hparams["tag"])
+        with bench.overridden(keys):
+            name = heal(bench, plan, point.heal_mode, bench.hparams["tag"])
     evaluate(bench, name, must_exist=False)
     return name

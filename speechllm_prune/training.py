@@ -1,4 +1,4 @@
-"""Stage 1 and healing: the same loop with another set of trainable names."""
+"""Stage 1, and the loop that it shares with healing."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechllm_prune.brain import SpeechLLMBrain
 from speechllm_prune.checkpoint import AtomicCheckpointer
-from speechllm_prune.data.batching import EndlessBatchSampler, sorted_batches
+from speechllm_prune.data.batching import Batch, EndlessBatchSampler, sorted_batches
 from speechllm_prune.data.manifest import Row, read_summary
 from speechllm_prune.data.pipeline import Utterances, filter_training_rows
 from speechllm_prune.data.prompt import encode_target
-from speechllm_prune.experiment import Variant, write_json, write_text
+from speechllm_prune.experiment import write_json, write_text
 from speechllm_prune.hparams import identity, resolve_hparams
 from speechllm_prune.models.decoder import num_parameters
 from speechllm_prune.models.speechllm import SpeechLLM
-from speechllm_prune.prune.lora import LoraSettings
-from speechllm_prune.prune.surgery import PrunePlan
+from speechllm_prune.prune.distill import TeacherRows
 from speechllm_prune.restore import (
-    HealState,
     build_model,
-    cut,
     load_train_state,
     set_trainable,
     train_names,
@@ -56,35 +53,6 @@ def train(bench: Workbench) -> None:
     load_train_state(model, bench.experiment)
 
 
-def heal(bench: Workbench, plan: PrunePlan, mode: str, tag: str = "") -> str:
-    """Heal a cut model: adapters on the receiving layer's MLP and/or the projector. Returns the variant's name.
-
-    Starts from the best stage-1 state with a fresh optimiser and the full peak learning rate.
-    """
-    hparams = bench.hparams
-    variant = Variant(plan.start_layer, plan.block_size, mode, tag, plan.control)
-    stage, config_hash = f"heal/{variant.name}", bench.run.config_hash("heal")
-    if mode != "projector" and plan.receiving_layer is None:
-        raise UserError(
-            f"block {plan.name} reaches the last layer: there is no receiving layer to heal"
-        )
-    if not bench.begin(stage, config_hash):
-        return variant.name
-    model = bench.model
-    lora = LoraSettings(
-        hparams["heal_lora_rank"], hparams["heal_lora_alpha"], hparams["heal_lora_dropout"]
-    )
-    state = HealState(mode, lora)
-    if if_main_process():
-        write_text(bench.experiment.stage(stage) / "hyperparams.yaml", bench.run.text)
-    # One seed for all modes and the control: same adapters at the start, same data in the same order.
-    bench.seed("heal")
-    with cut(model, plan, state) as names:
-        facts = state.facts() | {"variant": variant.name, "kept_layers": plan.kept_layers}
-        fit(bench, stage, "heal", names, hparams["heal_steps"], config_hash, **facts)
-    return variant.name
-
-
 def fit(
     bench: Workbench,
     stage: str,
@@ -92,6 +60,7 @@ def fit(
     names: list[str],
     num_steps: int,
     config_hash: str,
+    teacher: Callable[[Batch], TeacherRows] | None = None,
     **facts: Any,
 ) -> None:
     """Train the named parameters of the bench's model and finish the stage.
@@ -110,6 +79,8 @@ def fit(
         Optimiser steps.
     config_hash : str
         Of the stage.
+    teacher : callable, optional
+        What the unpruned model says on a batch: distillation.
     **facts
         Further fields of DONE.json.
     """
@@ -118,15 +89,7 @@ def fit(
     if bench.run.flags.debug:
         interval, num_steps = 2, 4
     utterances = training_utterances(bench)
-    sampler = EndlessBatchSampler(
-        utterances.sizes,
-        hparams["batch_size"],
-        hparams["batch_positions"],
-        hparams["pool_batches"],
-        derive_seed(hparams["seed"], "batches"),
-        bench.rank,
-        bench.world_size,
-    )
+    sampler = training_sampler(bench, utterances)
     valid = validation_utterances(bench)
     valid_index = sorted_batches(
         valid.sizes, hparams["eval_batch_size"], bench.rank, bench.world_size
@@ -142,6 +105,7 @@ def fit(
         {key: value for key, value in bench.run_options.items() if key != "debug"},
         AtomicCheckpointer(folder / "save"),
         _logger(hparams["train_logger"], folder / "train_log.txt"),
+        teacher,
     )
     try:
         with log_to(folder):
@@ -195,6 +159,20 @@ def _finish(
         num_trainable=sum(parameters[name].numel() for name in names),
         trainable=names,
         **facts,
+    )
+
+
+def training_sampler(bench: Workbench, utterances: Utterances) -> EndlessBatchSampler:
+    """The order of the training data on this rank, the same for training and every healing."""
+    hparams = bench.hparams
+    return EndlessBatchSampler(
+        utterances.sizes,
+        hparams["batch_size"],
+        hparams["batch_positions"],
+        hparams["pool_batches"],
+        derive_seed(hparams["seed"], "batches"),
+        bench.rank,
+        bench.world_size,
     )
 
 

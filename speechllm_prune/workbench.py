@@ -9,6 +9,8 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from speechllm_prune.data.batching import Batch, sorted_batches
 from speechllm_prune.data.features import FeatureStore, store_fingerprint, write_store
 from speechllm_prune.data.manifest import Row, manifest_path, read_manifest, read_summary
 from speechllm_prune.data.pipeline import Utterances, make_utterances
-from speechllm_prune.hparams import ALLOWED_MODULES, hub_fingerprint
+from speechllm_prune.hparams import ALLOWED_MODULES, hub_fingerprint, identity, with_values
 from speechllm_prune.models.speechllm import SpeechLLM
 from speechllm_prune.restore import choose_device, frozen_dtype, restore
 from speechllm_prune.runtime import UserError, seed_everything
@@ -97,6 +99,18 @@ class Workbench:
     def begin(self, stage: str, config_hash: str) -> bool:
         """`Experiment.begin` on rank 0."""
         return self.on_main(self.experiment.begin, stage, config_hash, self.run.flags.overwrite)
+
+    @contextmanager
+    def overridden(self, values: dict[str, Any]) -> Iterator[None]:
+        """Context: some keys have other values (of a healing, say), in what runs and in what is archived."""
+        run = self.run
+        text = with_values(run.text, values)
+        self.run = replace(run, hparams=run.hparams | values, text=text, values=identity(text))
+        self.hparams = self.run.hparams
+        try:
+            yield
+        finally:
+            self.run, self.hparams = run, run.hparams
 
     # ------------------------------------------------------------ model and data
 

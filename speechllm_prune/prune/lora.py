@@ -42,21 +42,24 @@ def add_decoder_lora(decoder: Any, settings: LoraSettings) -> list[str]:
     return adapter_names(decoder, TRAIN_ADAPTER)
 
 
-def add_healing_lora(decoder: Any, layer: int, settings: LoraSettings) -> list[str]:
-    """Adapters on gate, up and down of one layer's MLP (paper, section 3.3). Returns the names of their parameters.
+def add_healing_lora(decoder: Any, layer: int | None, settings: LoraSettings) -> list[str]:
+    """Adapters on gate, up and down of an MLP (paper, section 3.3). Returns the names of their parameters.
 
     Arguments
     ---------
     decoder : PreTrainedModel
         The decoder after the cut.
-    layer : int
-        The receiving layer in the decoder's numbering now: l after a cut, l + n in the control.
+    layer : int or None
+        The receiving layer, in the decoder's numbering now: l after a cut, l + n in the control. None: every layer,
+        which is not the paper's.
     settings : LoraSettings
     """
-    # Into the MLP alone: a pattern over the whole decoder could match layer 13 for layer 3.
-    mlp = decoder_layers(decoder)[layer].mlp
-    _inject(mlp, settings, MLP, HEAL_ADAPTER)
-    assert sum(isinstance(module, LoraLayer) for module in mlp.modules()) == len(MLP)
+    every = decoder_layers(decoder)
+    for index in range(len(every)) if layer is None else [layer]:
+        # Into the MLP alone: a pattern over the whole decoder could match layer 13 for layer 3.
+        mlp = every[index].mlp
+        _inject(mlp, settings, MLP, HEAL_ADAPTER)
+        assert sum(isinstance(module, LoraLayer) for module in mlp.modules()) == len(MLP)
     return adapter_names(decoder, HEAL_ADAPTER)
 
 

@@ -129,7 +129,7 @@ def _write_scores(
     inputs = [bench.experiment.stage("train") / "DONE.json", bench.manifest(key)]
     if variant.start_layer is not None:
         inputs.append(bench.experiment.stage(f"prune/{variant.block}") / "plan.json")
-    if variant.heal_mode != "none":
+    if variant.is_healed:
         inputs.append(bench.experiment.stage(f"heal/{variant.name}") / "DONE.json")
     facts = {
         "task": task.name,

@@ -66,7 +66,7 @@ def _facts(bench: Workbench, variant: Variant, depth: int) -> dict[str, Any]:
     made_from = [bench.experiment.stage("train") / "DONE.json"]
     if variant.start_layer is not None:
         made_from.append(bench.experiment.stage(f"prune/{variant.block}") / "plan.json")
-    if variant.heal_mode != "none":
+    if variant.is_healed:
         made_from.append(bench.experiment.stage(f"heal/{variant.name}") / "DONE.json")
     return {
         "inputs": provenance("", made_from, bench.experiment.root)["inputs"],

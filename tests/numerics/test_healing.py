@@ -17,7 +17,8 @@ from speechllm_prune.cli import open_run
 from speechllm_prune.prune.lora import LoraSettings
 from speechllm_prune.prune.surgery import PrunePlan
 from speechllm_prune.restore import HealState, cut, set_trainable
-from speechllm_prune.training import heal, train
+from speechllm_prune.stages.heal import heal
+from speechllm_prune.training import train
 from speechllm_prune.workbench import Workbench
 from tests import tiny
 from tests.numerics.common import BASE, batch_of, build, tensors_of

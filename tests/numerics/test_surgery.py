@@ -379,6 +379,21 @@ def test_cut_then_uncut_restores_everything(
         assert_same(before, everything(model))
 
 
+def test_cut_with_extras_then_uncut_restores_everything(
+    wavlm_layer: Path, decoder_folder: Path
+) -> None:
+    """Compensation and adapters on every layer share a module: the one replaces what the others wrap."""
+    model = build(wavlm_layer, decoder_folder, decoder_lora_rank=4, max_tokens_per_second=1.0)
+    weight = torch.randn_like(model.decoder.model.layers[0].mlp.down_proj.weight)
+    before = everything(model)
+    heal = HealState("joint", LoraSettings(3, 6), lora_layers="all", compensation=weight)
+    with cut(model, PrunePlan(L, 1, 3), heal) as names:
+        assert len([name for name in names if "lora_A" in name]) == 3 * (L - 3)
+        assert torch.equal(model.decoder.model.layers[0].mlp.down_proj.base_layer.weight, weight)
+        work(model, names)
+    assert_same(before, everything(model))
+
+
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("mode", ["none", "joint"])
 def test_uncut_also_after_an_exception(
