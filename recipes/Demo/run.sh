@@ -2,11 +2,12 @@
 # The whole study from nothing, on a CPU: corpus, stand-in models, train, measure, prune and heal, report.
 #   bash recipes/Demo/run.sh [--full] [LIBRISPEECH_LAYOUT_FOLDER [RESULTS_FOLDER]]
 # Without a folder the speech is synthesised (experiment `demo`); with one, the same is done on that corpus (experiment
-# `demo_<folder name>`). --full removes every block size up to 10 and follows the path from text, too.
+# `demo_<folder name>`). --full removes every block size up to 10, heals in ways beyond the paper (compensation,
+# distillation, adapters on all layers), and follows the path from text and the tail rule, too.
 # Finished stages are skipped, so run it again to go on. SEED=N (default 3407) is a study of its own.
 set -euo pipefail
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 full=0
 while [ $# -gt 0 ]; do
   case $1 in
@@ -114,7 +115,10 @@ speech_and_shuffled() { speech && shuffled; }
 side_by_side speech_and_shuffled both_texts
 
 sizes=[4,6,8,10] modes=[none,decoder,projector,joint]
-if [ "$full" = 1 ]; then sizes=[1,2,3,4,5,6,7,8,9,10]; fi
+if [ "$full" = 1 ]; then
+  sizes=[1,2,3,4,5,6,7,8,9,10]
+  modes=[none,none+comp,decoder,projector,joint,joint+comp,joint+kl,joint+all]
+fi
 sweep() { run sweep "${models[@]}" --block_sizes "$sizes" --heal_modes "$modes" --control "$@"; }
 first_half() { sweep --shard 1/2; }
 second_half() { sweep --shard 2/2; }
@@ -125,6 +129,11 @@ if [ "$full" = 1 ]; then
   text_second() { sweep --path text --shard 2/2; }
   say "the same on the path from text (equal blocks share results)"
   side_by_side text_first text_second
+  modes=[none,joint]
+  tail_first() { sweep --path tail --shard 1/2; }
+  tail_second() { sweep --path tail --shard 2/2; }
+  say "the tail rule: the deepest blocks but for the last layer"
+  side_by_side tail_first tail_second
 fi
 
 say "report"
