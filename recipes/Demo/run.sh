@@ -91,12 +91,21 @@ say "stand-in encoder and decoder into $stand_ins"
 side_by_side encoder decoder
 
 # ------------------------------------------------------------ the study
+# Real speech is harder than synthetic speech, and there is little of it: the projector takes longer to its plateau, and
+# learns from copies at other speeds, too.
+longer=()
+if [ "$name" != demo ]; then
+  longer=(--num_steps 1000 --valid_interval 200 --valid_utterances 120)
+  copies=$results/corpora/${name}_speed
+  say "copies of the train split at other speeds into $copies"
+  "$PYTHON" recipes/Demo/perturb.py "$corpus" "$copies"
+  "$PYTHON" recipes/LibriSpeech/librispeech_prepare.py "$copies" "$results/manifests/${name}_speed"
+  for folder in "$copies"/LibriSpeech/*/; do train+=",${name}_speed/$(basename "$folder")"; done
+fi
 common=(--results_folder "$results" --seed "$seed" --experiment_name "$name" --data_folder "$corpus")
 common+=(--train_manifests "[${train#,}]" --eval_manifests "[${tests#,}]")
 common+=(--valid_manifest "$name/$dev" --measure_manifest "$name/$dev" --results_note "$note")
-models=(--encoder_hub "$stand_ins/encoder" --decoder_hub "$stand_ins/decoder")
-# Real speech is harder than synthetic speech: the projector takes longer to its plateau.
-if [ "$name" != demo ]; then models+=(--num_steps 400 --valid_interval 100 --valid_utterances 120); fi
+models=(--encoder_hub "$stand_ins/encoder" --decoder_hub "$stand_ins/decoder" ${longer[@]+"${longer[@]}"})
 run() { local verb=$1; shift; "$PYTHON" "$verb.py" "$leaf" "${common[@]}" "$@"; }
 
 say "training the projector"
