@@ -33,10 +33,11 @@ def main(argv: list[str]) -> int | None:
         )
         return None
     from speechllm_prune.stages.export import export_if_asked
-    from speechllm_prune.stages.heal import heal
+    from speechllm_prune.stages.heal import check_request, heal
     from speechllm_prune.stages.plan import plan_block
     from speechllm_prune.workbench import Workbench
 
+    check_request(hparams["heal_mode"], hparams["compensate"], hparams["control"])
     bench = Workbench(run)
     run.experiment.require("train", run.command("train", "--data_folder FOLDER"))
     plan = plan_block(

@@ -34,6 +34,13 @@ from speechllm_prune.prune.lora import (
 from speechllm_prune.prune.surgery import PrunePlan, Removal, num_layers
 from speechllm_prune.runtime import UserError, derive_seed
 
+EXTRAS: dict[str, dict[str, Any]] = {
+    "all": {"heal_lora_layers": "all"},
+    "comp": {"compensate": True},
+    "kl": {"heal_kl_beta": 1.0},
+}
+"""Tags of what goes beyond the paper, and the keys that stand behind them (what `joint+kl` in a sweep sets)."""
+
 
 @dataclass
 class HealState:
@@ -209,6 +216,21 @@ def read_plan(experiment: Experiment, variant: Variant) -> PrunePlan:
     )
 
 
+def _tag_options(tag: str) -> str:
+    """Options of heal.py that give a tag.
+
+    Example
+    -------
+    >>> _tag_options("kl-second"), _tag_options("")
+    (' --heal_kl_beta 1.0 --tag second', '')
+    """
+    parts = tag.split("-") if tag else []
+    extras = [part for part in parts if part in EXTRAS]
+    own = "-".join(part for part in parts if part not in EXTRAS)
+    keys = [f" --{key} {value}" for extra in extras for key, value in EXTRAS[extra].items()]
+    return "".join(keys) + (f" --tag {own}" if own else "")
+
+
 def read_heal_state(experiment: Experiment, variant: Variant) -> HealState | None:
     """What healing trained or computed for a variant; None for plain `none`.
 
@@ -223,7 +245,7 @@ def read_heal_state(experiment: Experiment, variant: Variant) -> HealState | Non
         f"python heal.py LEAF --block_size {variant.block_size} --start_layer {variant.start_layer} "
         f"--heal_mode {variant.heal_mode}"
         + (" --control" if variant.control else "")
-        + (f" (and the keys that give the tag {variant.tag})" if variant.tag else "")
+        + _tag_options(variant.tag)
     )
     folder = experiment.require(f"heal/{variant.name}", command)
     done = read_json(folder / "DONE.json")

@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass
 
 from speechllm_prune.experiment import Variant
+from speechllm_prune.restore import EXTRAS
 from speechllm_prune.runtime import Stopped, UserError
 from speechllm_prune.stages.evaluate import evaluate
-from speechllm_prune.stages.heal import EXTRAS, extras_of, heal
+from speechllm_prune.stages.heal import extras_of, heal
 from speechllm_prune.stages.plan import plan_block
 from speechllm_prune.workbench import Workbench
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Copy the train splits of a small corpus at other speeds: a projector that hears each recording once learns it by heart.
+"""Copy the train splits of a small corpus at other speeds: a projector that hears few recordings learns them by heart.
 
     python recipes/Demo/perturb.py CORPUS OUT [--speeds 0.85,0.92,1.08,1.15] [--max_hours 4]
 

@@ -23,17 +23,10 @@ from speechllm_prune.prune.compensate import (
 from speechllm_prune.prune.distill import TeacherRows, TeacherStore, ask_teacher
 from speechllm_prune.prune.lora import LoraSettings
 from speechllm_prune.prune.surgery import PrunePlan
-from speechllm_prune.restore import HealState, cut
+from speechllm_prune.restore import EXTRAS, HealState, cut
 from speechllm_prune.runtime import UserError
 from speechllm_prune.training import fit, training_sampler, training_utterances
 from speechllm_prune.workbench import Workbench
-
-EXTRAS: dict[str, dict[str, Any]] = {
-    "all": {"heal_lora_layers": "all"},
-    "comp": {"compensate": True},
-    "kl": {"heal_kl_beta": 1.0},
-}
-"""Tags of what goes beyond the paper, and the keys that stand behind them (what `joint+kl` in a sweep sets)."""
 
 
 def extras_of(hparams: dict[str, Any], mode: str) -> list[str]:
@@ -105,18 +98,28 @@ def heal(bench: Workbench, plan: PrunePlan, mode: str, tag: str = "") -> str:
     return variant.name
 
 
-def _check(bench: Workbench, plan: PrunePlan, mode: str) -> None:
-    """Refuse what cannot be healed before anything is loaded or trained."""
-    compensate = bench.hparams["compensate"]
+def check_request(mode: str, compensate: bool, control: bool) -> None:
+    """Refuse keys that contradict each other.
+
+    Raises
+    ------
+    UserError
+    """
     if mode == "none" and not compensate:
         raise UserError(
-            "heal_mode none trains nothing: evaluate the plain cut with `evaluate.py LEAF --variant "
-            f"{plan.name}-none`, or give --compensate True"
+            "heal_mode none trains nothing: give one of decoder, projector, joint, or --compensate True with it; "
+            "`evaluate.py --variant l18n08-none` evaluates a plain cut"
         )
-    if compensate and plan.control:
+    if compensate and control:
         raise UserError(
             "compensate makes up for a cut, and a control has none; leave one of them out"
         )
+
+
+def _check(bench: Workbench, plan: PrunePlan, mode: str) -> None:
+    """Refuse what cannot be healed before anything is trained."""
+    compensate = bench.hparams["compensate"]
+    check_request(mode, compensate, plan.control)
     if mode in ("decoder", "joint") and plan.receiving_layer is None:
         raise UserError(
             f"block {plan.name} reaches the last layer: there is no receiving layer to heal"

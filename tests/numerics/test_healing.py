@@ -98,6 +98,7 @@ def records(
             record.after = tensors_of(bench.model)
 
         patch.setattr(training, "fit", fit)
+        patch.setattr("speechllm_prune.stages.heal.fit", fit)
         train(bench)
         bench.model.train()  # a careless caller
         full = tensors_of(bench.model)

@@ -83,7 +83,7 @@ def test_teacher_is_kept_for_the_next_command(own_study: Study) -> None:
 
 def test_bad_requests(own_study: Study) -> None:
     heal = ("heal", own_study.leaf, "--block_size", 2)
-    assert "evaluate.py LEAF --variant" in refused(*heal, "--start_layer", 2, "--heal_mode", "none")
+    assert "evaluate.py --variant" in refused(*heal, "--start_layer", 2, "--heal_mode", "none")
     assert "layer 0" in refused(*heal, "--start_layer", 0, "--compensate", True)
     assert "a control has none" in refused(
         *heal, "--start_layer", 2, "--compensate", True, "--control"
