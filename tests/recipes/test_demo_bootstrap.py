@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 from recipes.Demo import bootstrap as cli
+from recipes.Demo import perturb
 from recipes.Demo.corpus import load_corpus
 from recipes.Demo.stand_in_decoder import decoder_settings, forward, train_decoder
 from recipes.Demo.stand_in_encoder import SAMPLE_RATE, Audio, encoder_settings, mel_filters
@@ -337,3 +338,43 @@ def test_frames_without_labels_is_a_user_error(corpus_folder):
     corpus = load_corpus(corpus_folder)
     with pytest.raises(UserError, match="--labels ctc"):
         FrameObjective(corpus, 8)
+
+
+# ------------------------------------------------------------ copies at other speeds
+def test_copies_at_other_speeds(corpus_folder, tmp_path, capsys):
+    out = tmp_path / "copies"
+    arguments = [str(corpus_folder), str(out), "--speeds", "0.8,1.25"]
+    assert perturb.main(arguments) == 0
+    corpus, copies = load_corpus(corpus_folder), load_corpus(out)
+    assert copies.splits == ["train-speed-080", "train-speed-125"]
+    assert len(copies.train) == 2 * len(corpus.train) and not copies.held_back
+    for name, (path, text) in corpus.train.items():
+        length = soundfile.info(path).duration
+        for percent in (80, 125):
+            copy, copied_text = copies.train[f"{name}-speed{percent:03d}"]
+            assert copied_text == text
+            assert soundfile.info(copy).duration == pytest.approx(100 * length / percent, abs=0.01)
+    before = (out / "perturb.json").stat().st_mtime_ns
+    assert perturb.main(arguments) == 0 and "already there" in capsys.readouterr().out
+    assert (out / "perturb.json").stat().st_mtime_ns == before
+
+
+def test_a_faster_copy_is_higher(tmp_path):
+    """Resampled, not cut: a tone of 500 Hz is one of 625 Hz at 1.25 times the speed."""
+    root = tmp_path / "corpus" / "LibriSpeech"
+    write_split(root, "train-clean-100", ["one"], numpy.random.default_rng(1))
+    (file,) = root.rglob("*.flac")
+    times = numpy.arange(SAMPLE_RATE) / SAMPLE_RATE
+    soundfile.write(file, 0.5 * numpy.sin(2 * numpy.pi * 500 * times), SAMPLE_RATE)
+    assert perturb.main([str(root), str(tmp_path / "copies"), "--speeds", "1.25"]) == 0
+    (copy,) = (tmp_path / "copies").rglob("*.flac")
+    samples, _ = soundfile.read(copy)
+    peak = numpy.abs(numpy.fft.rfft(samples)).argmax() * SAMPLE_RATE / len(samples)
+    assert peak == pytest.approx(625, abs=3)
+
+
+@pytest.mark.parametrize("speeds", ["fast", "1.0", "3", "0.9,"])
+def test_bad_speeds_are_refused(corpus_folder, tmp_path, speeds, capsys):
+    out = tmp_path / "copies"
+    assert perturb.main([str(corpus_folder), str(out), "--speeds", speeds]) == 2
+    assert "--speeds" in capsys.readouterr().err and not out.exists()
