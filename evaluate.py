@@ -29,8 +29,9 @@ def main(argv: list[str]) -> int | None:
     from speechllm_prune.stages.evaluate import evaluate
     from speechllm_prune.workbench import Workbench
 
-    run.experiment.require("train", run.command("train", "--data_folder FOLDER"))
-    evaluate(Workbench(run), run.hparams["variant"])
+    bench = Workbench(run)
+    bench.require_training()
+    evaluate(bench, run.hparams["variant"])
     return None
 
 

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int | None:
 
     check_request(hparams["heal_mode"], hparams["compensate"], hparams["control"])
     bench = Workbench(run)
-    run.experiment.require("train", run.command("train", "--data_folder FOLDER"))
+    bench.require_training()
     plan = plan_block(
         bench, hparams["block_size"], hparams["path"], hparams["start_layer"], hparams["control"]
     )

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int | None:
     from speechllm_prune.workbench import Workbench
 
     bench, hparams = Workbench(run), run.hparams
-    run.experiment.require("train", run.command("train", "--data_folder FOLDER"))
+    bench.require_training()
     points = plan_points(
         hparams["block_sizes"], hparams["heal_modes"], decoder_depth(bench), hparams["control"]
     )

@@ -236,7 +236,8 @@ class Experiment:
         ]
         if changed:
             raise UserError(
-                f"{file} was made from other inputs: {', '.join(changed)} changed since; --overwrite makes it again"
+                f"{file} was made from other inputs: {', '.join(changed)} changed since; put them back, or "
+                "--overwrite makes it again"
             )
 
     def finish(

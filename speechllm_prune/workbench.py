@@ -30,6 +30,7 @@ from speechllm_prune.data.batching import Batch, sorted_batches
 from speechllm_prune.data.features import FeatureStore, store_fingerprint, write_store
 from speechllm_prune.data.manifest import Row, manifest_path, read_manifest, read_summary
 from speechllm_prune.data.pipeline import Utterances, make_utterances
+from speechllm_prune.experiment import read_json
 from speechllm_prune.hparams import ALLOWED_MODULES, hub_fingerprint, identity, with_values
 from speechllm_prune.models.speechllm import SpeechLLM
 from speechllm_prune.restore import choose_device, frozen_dtype, restore
@@ -100,6 +101,12 @@ class Workbench:
         """`Experiment.begin` on rank 0."""
         return self.on_main(self.experiment.begin, stage, config_hash, self.run.flags.overwrite)
 
+    def require_training(self) -> None:
+        """Refuse to go on without a finished train stage, or with other data under the names it was trained on."""
+        command = self.run.command("train", "--data_folder FOLDER")
+        done = self.experiment.require("train", command) / "DONE.json"
+        self.experiment.check_inputs(done, read_json(done))
+
     @contextmanager
     def overridden(self, values: dict[str, Any]) -> Iterator[None]:
         """Context: some keys have other values (of a healing, say), in what runs and in what is archived."""
@@ -118,7 +125,7 @@ class Workbench:
     def model(self) -> SpeechLLM:
         """The full model in its stage-1 state, loaded on first use."""
         if self._model is None:
-            self.experiment.require("train", self.run.command("train", "--data_folder FOLDER"))
+            self.require_training()
             self._model = restore(self.experiment, "full", self.hparams, self.device)
         return self._model
 

@@ -91,6 +91,7 @@ say "stand-in encoder and decoder into $stand_ins"
 side_by_side encoder decoder
 
 # ------------------------------------------------------------ the study
+manifests=$results/manifests$suffix
 # Real speech is harder than synthetic speech, and there is little of it: the projector takes longer to its plateau, and
 # learns from copies at other speeds, too.
 longer=()
@@ -99,10 +100,11 @@ if [ "$name" != demo ]; then
   copies=$results/corpora/${name}_speed
   say "copies of the train split at other speeds into $copies"
   "$PYTHON" recipes/Demo/perturb.py "$corpus" "$copies"
-  "$PYTHON" recipes/LibriSpeech/librispeech_prepare.py "$copies" "$results/manifests/${name}_speed"
+  "$PYTHON" recipes/LibriSpeech/librispeech_prepare.py "$copies" "$manifests/${name}_speed"
   for folder in "$copies"/LibriSpeech/*/; do train+=",${name}_speed/$(basename "$folder")"; done
 fi
 common=(--results_folder "$results" --seed "$seed" --experiment_name "$name" --data_folder "$corpus")
+common+=(--manifest_folder "$manifests") # a seed of the demo is another corpus under the same names
 common+=(--train_manifests "[${train#,}]" --eval_manifests "[${tests#,}]")
 common+=(--valid_manifest "$name/$dev" --measure_manifest "$name/$dev" --results_note "$note")
 models=(--encoder_hub "$stand_ins/encoder" --decoder_hub "$stand_ins/decoder" ${longer[@]+"${longer[@]}"})

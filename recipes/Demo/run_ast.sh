@@ -43,11 +43,12 @@ suffix=""
 if [ "$seed" != 3407 ]; then suffix="-$seed"; fi
 english=$results/corpora/demo$suffix
 corpus=$results/corpora/demo_ast$suffix
+manifests=$results/manifests$suffix # a seed is another corpus under the same names
 say "synthesising speech into $english and $corpus"
 "$PYTHON" recipes/Demo/synthesise.py "$english" --seed "$seed"
 "$PYTHON" recipes/Demo/synthesise_ast.py "$corpus" --seed "$seed"
 prepare() { # $1 and $2: source and target language
-  "$PYTHON" recipes/CoVoST2/covost2_prepare.py "$corpus/cv" "$results/manifests/demo_$1_$2_standard" --source "$1" --target "$2"
+  "$PYTHON" recipes/CoVoST2/covost2_prepare.py "$corpus/cv" "$manifests/demo_$1_$2_standard" --source "$1" --target "$2"
 }
 prepare en de
 prepare fr en
@@ -65,7 +66,7 @@ say "stand-in encoders (English, French) and one decoder into $english_models an
 side_by_side decoder encoders
 
 # ------------------------------------------------------------ the study
-common=(--results_folder "$results" --seed "$seed" --decoder_hub "$models/decoder")
+common=(--results_folder "$results" --manifest_folder "$manifests" --seed "$seed" --decoder_hub "$models/decoder")
 run() { local verb=$1 leaf=$2; shift 2; "$PYTHON" "$verb.py" "hparams/$leaf.yaml" "${common[@]}" "$@"; }
 asr() {
   local verb=$1; shift
@@ -81,7 +82,7 @@ asr_first() { asr train && asr measure; }
 ende_first() { ende train && ende measure && ende measure --measure_input text && ende evaluate --shuffle_audio True; }
 fren_first() { fren train && fren measure && fren evaluate --shuffle_audio True; }
 random_text() {
-  "$PYTHON" measure.py hparams/demo_ende.yaml --results_folder "$results" --seed "$seed" --measure_input text \
+  "$PYTHON" measure.py hparams/demo_ende.yaml --results_folder "$results" --manifest_folder "$manifests" --seed "$seed" --measure_input text \
     --experiment_name demo_ast_random --decoder_hub "$models/decoder_random" --encoder_hub "$english_models/encoder"
 }
 asr_rest() { random_text && asr sweep --block_sizes "$sizes" --heal_modes "$modes"; }

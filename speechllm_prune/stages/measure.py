@@ -32,7 +32,7 @@ def measure(bench: Workbench) -> Path:
     text_mode = hparams["measure_input"] == "text"
     needs_training = not text_mode or _is_adapted(hparams)
     if needs_training:
-        bench.experiment.require("train", bench.run.command("train", "--data_folder FOLDER"))
+        bench.require_training()
     sentences = _sentences(bench) if text_mode else []
     config_hash = _text_hash(bench) if text_mode else bench.run.config_hash("measure")
     if text_mode and hparams["last_token"] != "sequence":

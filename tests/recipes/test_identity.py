@@ -149,3 +149,17 @@ def test_loading_a_yaml_has_no_side_effects(own_study: Study) -> None:
     after = random.getstate(), numpy.random.get_state()[1].tolist(), torch.random.get_rng_state()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
     assert snapshot(own_study.results) == files
+
+
+def test_other_data_under_the_name_of_the_training_manifest_is_refused(own_study: Study) -> None:
+    """Two corpora may take turns under one manifest name; a model is healed on the one that it was trained on."""
+    (file,) = own_study.results.rglob("librispeech/train-clean-100.csv")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], *reversed(lines[1:])]))
+    for command in (
+        ("measure", "--overwrite"),
+        ("heal", "--block_size", 2),
+        ("evaluate", "--overwrite"),
+    ):
+        message = refused(command[0], own_study.leaf, *command[1:])
+        assert "train-clean-100.csv" in message and "changed since" in message
