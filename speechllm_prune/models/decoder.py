@@ -73,12 +73,13 @@ def load_decoder(
                 output_loading_info=True,
             )
         except ValueError as error:
-            # Gemma 2 caps the scores inside its attention, which sdpa cannot do.
             if "attention implementation" not in str(error) or attention == "eager":
                 raise
-            raise UserError(
-                f"decoder_hub: {hub!r} does not support --attention {attention}; give --attention eager"
-            ) from None
+            raise _needs_eager(hub, attention) from None
+    # Gemma 2 caps the scores inside its attention, which sdpa cannot do: 5.23 refuses it, 5.17 goes on without the cap.
+    cap = getattr(decoder.config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and attention != "eager":
+        raise _needs_eager(hub, attention)
     strange = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if strange:
         # transformers would go on with random weights (missing) or fewer layers than stored (unexpected).
@@ -88,6 +89,12 @@ def load_decoder(
     check_supported(decoder)
     decoder.requires_grad_(False)
     return decoder.eval(), load_tokenizer(hub, revision)
+
+
+def _needs_eager(hub: str, attention: str) -> UserError:
+    return UserError(
+        f"decoder_hub: {hub!r} does not support --attention {attention}; give --attention eager"
+    )
 
 
 def load_tokenizer(hub: str, revision: str | None = None) -> Any:

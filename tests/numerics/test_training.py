@@ -245,7 +245,7 @@ def spoken(model: SpeechLLM, count: int) -> list[dict[str, Any]]:
     return items
 
 
-@pytest.mark.parametrize(("lora_rank", "num_steps"), [(8, 60), (0, 120)])
+@pytest.mark.parametrize(("lora_rank", "num_steps"), [(8, 60), (0, 200)])
 def test_overfitting_eight_utterances(
     wavlm_layer: Path, qwen2: Path, tmp_path: Path, lora_rank: int, num_steps: int
 ) -> None:
