@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechllm_prune.checkpoint import load_checkpoint_tensors, load_tensors
 from speechllm_prune.experiment import Experiment, Variant, read_json
@@ -132,12 +132,7 @@ def build_model(hparams: dict[str, Any], device: str | None = None) -> SpeechLLM
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(hparams["seed"], "init"))
-        projector = hparams["projector_class"](
-            input_size=hparams["frame_stack"] * encoder.output_size,
-            hidden_size=hparams["projector_dim"],
-            output_size=decoder.get_input_embeddings().embedding_dim,
-            activation=hparams["activation"],
-        )
+        projector = _build_projector(hparams, encoder.output_size, decoder)
         if hparams["decoder_lora_rank"]:
             add_decoder_lora(
                 decoder,
@@ -159,6 +154,20 @@ def build_model(hparams: dict[str, Any], device: str | None = None) -> SpeechLLM
         max_tokens_per_second=hparams["max_tokens_per_second"],
     )
     return model.requires_grad_(False).to(device)
+
+
+def _build_projector(hparams: dict[str, Any], encoder_size: int, decoder: Any) -> nn.Module:
+    sizes = {
+        "input_size": hparams["frame_stack"] * encoder_size,
+        "hidden_size": hparams["projector_dim"],
+        "output_size": decoder.get_input_embeddings().embedding_dim,
+    }
+    try:
+        return hparams["projector_class"](**sizes, activation=hparams["activation"])
+    except TypeError as error:
+        raise UserError(
+            f"projector_class: it is called with {', '.join(sizes)} and activation, and refuses them: {error}"
+        ) from None
 
 
 def train_names(model: SpeechLLM) -> list[str]:

@@ -169,7 +169,7 @@ class Workbench:
             hub_fingerprint(self.hparams["encoder_hub"], self.hparams["encoder_revision"]),
             self.hparams["encoder_output_norm"],
             encoder.dtype,
-            read_summary(self.manifest(key))["sha256"],
+            read_summary(self.manifest(key)),
         )
         folder = Path(self.hparams["results_folder"]) / "features" / fingerprint
         if not FeatureStore.exists(folder) and if_main_process():

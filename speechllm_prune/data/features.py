@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,15 @@ _RAW: dict[torch.dtype, Any] = {
 
 
 def store_fingerprint(
-    encoder_fingerprint: str, output_norm: str, dtype: torch.dtype, manifest_sha256: str
+    encoder_fingerprint: str, output_norm: str, dtype: torch.dtype, summary: Mapping[str, Any]
 ) -> str:
-    """Name of a store: another encoder, option, type or manifest is another store."""
-    return sha256_json([SCHEMA, encoder_fingerprint, output_norm, str(dtype), manifest_sha256])[:24]
+    """Name of a store: another encoder, option, type, manifest or corpus folder is another store.
+
+    The CSV alone would not do: a noisy copy of a corpus has the same one. `summary` is the manifest's json, which knows
+    where the audio is, and in its `fingerprint` the sizes of the files.
+    """
+    data = [summary[name] for name in ("sha256", "data_root")] + [summary.get("fingerprint")]
+    return sha256_json([SCHEMA, encoder_fingerprint, output_norm, str(dtype), data])[:24]
 
 
 class FeatureStore:

@@ -268,7 +268,8 @@ def check_comparable(experiments: Sequence[ExperimentData]) -> None:
                 if before != now:
                     raise UserError(
                         f"{first.folder} and {point.folder} cannot stand in one table: {name} is {before!r} in the "
-                        f"first and {now!r} in the second; report them separately, or run evaluate.py --overwrite"
+                        f"first and {now!r} in the second; report them separately (seeds of the demo have corpora "
+                        "of their own), or, if one of them is out of date, run evaluate.py --overwrite on it"
                     )
 
 

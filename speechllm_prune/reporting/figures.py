@@ -32,7 +32,6 @@ STYLE = {
     "projector": ("#56B4E9", "^"),
     "joint": ("#009E73", "D"),
 }
-CONTROL_COLOUR = "#CC79A7"
 LINES = ("-", "--", ":", "-.")
 RC = {
     "svg.fonttype": "none",
@@ -167,7 +166,8 @@ def pruning_curve(
             lowest = min(_lower_end(r) for e in shown for r in _of_set(results, e, eval_set))
             axis.set_ylim(bottom=0 if lowest < 1.0 else 0.8 * lowest)
             _log_ticks(axis)
-        axis.set_xlim(left=-3)
+        controls = max(sum(r.point.control for r in _of_set(results, e, eval_set)) for e in shown)
+        axis.set_xlim(left=-1.2 * (controls + 1.5))
         axis.set_xlabel("decoder layers removed (%)")
         better = "lower" if metric == "wer" else "higher"
         axis.set_ylabel(f"{metric.upper()} ({'%, ' if metric == 'wer' else ''}{better} is better)")
@@ -259,7 +259,7 @@ def _draw_controls(axis: Any, judged: Sequence[Result], suffix: str) -> None:
             axis,
             [-1.2 * (index + 1)],
             [result],
-            color=CONTROL_COLOUR,
+            color=STYLE[point.heal_mode][0],
             marker="*",
             markersize=10,
             linestyle="none",

@@ -78,12 +78,15 @@ def test_a_second_writer_does_not_disturb_the_first(wavlm_layer: Path, tmp_path:
 
 
 def test_fingerprint_changes_with_everything_that_changes_features() -> None:
-    arguments = ("encoder", "none", torch.float32, "manifest")
+    summary = {"sha256": "csv", "data_root": "here", "fingerprint": "sizes", "hours": 1.0}
+    arguments = ("encoder", "none", torch.float32, summary)
     others = [
-        ("other", "none", torch.float32, "manifest"),
-        ("encoder", "layer", torch.float32, "manifest"),
-        ("encoder", "none", torch.bfloat16, "manifest"),
-        ("encoder", "none", torch.float32, "other"),
+        ("other", "none", torch.float32, summary),
+        ("encoder", "layer", torch.float32, summary),
+        ("encoder", "none", torch.bfloat16, summary),
+        ("encoder", "none", torch.float32, summary | {"sha256": "other"}),
+        ("encoder", "none", torch.float32, summary | {"data_root": "there"}),
+        ("encoder", "none", torch.float32, summary | {"fingerprint": "other"}),
     ]
     names = [store_fingerprint(*each) for each in (arguments, *others)]
-    assert len(set(names)) == 5 and names[0] == store_fingerprint(*arguments)
+    assert len(set(names)) == 7 and names[0] == store_fingerprint(*arguments)
