@@ -117,10 +117,8 @@ def load_resolved(
     missing = [key for key, node in tree.items() if _tag(node) == "!PLACEHOLDER"]
     idle = [key for key in missing if key in unused]
     if idle:
-        tree.update(dict.fromkeys(idle, ""))
-        stream = io.StringIO()
-        _yaml().dump(tree, stream)
-        text, missing = stream.getvalue(), [key for key in missing if key not in idle]
+        text = with_values(text, dict.fromkeys(idle, ""))
+        missing = [key for key in missing if key not in idle]
     if missing:
         raise UserError(
             f"{source}: give {' and '.join(f'--{key} VALUE' for key in missing)} (no default is possible)"
@@ -173,18 +171,14 @@ def resolve_hparams(
     modules = (*ALLOWED_MODULES, *allowed_modules)
     for key, node in tree.items():
         _check_objects(key, node, modules, path)
-    stream = io.StringIO()
-    _yaml().dump(tree, stream)
-    return stream.getvalue()
+    return _dump(tree)
 
 
 def with_values(text: str, values: Mapping[str, Any]) -> str:
     """The flat YAML text with plain values in the place of some of its own."""
     tree = _parse(text, "the YAML")
     tree.update(values)
-    stream = io.StringIO()
-    _yaml().dump(tree, stream)
-    return stream.getvalue()
+    return _dump(tree)
 
 
 def identity(text: str) -> dict[str, Any]:
@@ -269,6 +263,12 @@ def _yaml() -> YAML:
     yaml.width = 4096
     yaml.preserve_quotes = True
     return yaml
+
+
+def _dump(tree: CommentedMap) -> str:
+    stream = io.StringIO()
+    _yaml().dump(tree, stream)
+    return stream.getvalue()
 
 
 def _parse(text: str, source: str) -> CommentedMap:
