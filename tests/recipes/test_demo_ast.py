@@ -61,7 +61,8 @@ def test_the_asr_prompt_is_that_of_the_english_demo():
 
 def test_script_and_leaves_name_the_same_folders():
     script = SCRIPT.read_text()
-    assert "$results/manifests/demo_$1_$2_standard" in script
+    assert "manifests=$results/manifests$suffix" in script
+    assert "$manifests/demo_$1_$2_standard" in script
     assert set(re.findall(r"^prepare (\w+ \w+)$", script, re.M)) == {
         " ".join(direction) for direction in LEAVES.values()
     }
