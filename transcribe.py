@@ -11,6 +11,7 @@ relative to the list). Prints one line per file: name, tab, text.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import Any
 
@@ -34,14 +35,21 @@ def main(argv: list[str]) -> int | None:
     parser.add_argument(
         "--task", help="asr, ast, or another name in the export (default: its first)"
     )
+    parser.add_argument(
+        "--jsonl", action="store_true", help='a line of JSON per file: {"audio": ..., "text": ...}'
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--device")
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         raise UserError(f"--batch_size must be above 0, given {options.batch_size}")
+    from transformers.utils.logging import disable_progress_bar
+
     from speechllm_prune.data.listing import expand_audio
     from speechllm_prune.inference import load_export
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers, while it loads
     files = expand_audio(options.audio)
     model = load_export(options.export_folder, options.device)
     if options.task is not None:
@@ -55,7 +63,9 @@ def main(argv: list[str]) -> int | None:
     for first in range(0, len(files), step):
         chunk = files[first : first + step]
         for name, text in zip(chunk, model.transcribe(chunk, options.batch_size), strict=True):
-            print(f"{name}\t{' '.join(text.split())}", flush=True)
+            line = {"audio": name, "text": text}
+            plain = f"{name}\t{' '.join(text.split())}"
+            print(json.dumps(line, ensure_ascii=False) if options.jsonl else plain, flush=True)
     return None
 
 

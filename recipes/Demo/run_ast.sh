@@ -3,10 +3,11 @@
 #   bash recipes/Demo/run_ast.sh [RESULTS_FOLDER]
 # English speech and its encoder are those of run.sh; they are made if they are not there. Blocks that the path measured on
 # translation and the one measured on ASR both choose share their results, and the table says so. Finished stages are
-# skipped, so run it again to go on. SEED=N (default 3407) is a study of its own; JOBS=1 runs one process at a time.
+# skipped, so run it again to go on. Last, the three systems become tasks of one pruned decoder (results/exports/demo_ast).
+# SEED=N (default 3407) is a study of its own; JOBS=1 runs one process at a time.
 set -euo pipefail
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 case ${1:-} in
   -h | --help) usage; exit 0 ;;
   -*) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
@@ -102,4 +103,19 @@ side_by_side ende_sweep fren_sweep
 say "report"
 "$PYTHON" report.py "$results/demo_ende/$seed" "$results/demo_fren/$seed" "$results/demo_ast_asr/$seed" \
   "$results/demo_ast_random/$seed"
+# ------------------------------------------------------------ one pruned decoder for all three tasks
+shared=$results/exports/demo_ast$suffix
+share() { # $1: asr, ende or fren; $2: the task's name
+  "$1" heal --path "$asr_path" --block_size 4 --heal_mode joint --into "$shared" --task_name "$2"
+}
+say "one decoder without the 4 layers that the ASR path names, for ASR, En-De and Fr-En: $shared"
+share asr asr
+share ende en_de
+share fren fr_en
+english_clip=$(cut -f 1 "$corpus/cv/en/covost_v2.en_de.test.tsv" | sed -n 2p)
+french_clip=$(cut -f 1 "$corpus/cv/fr/covost_v2.fr_en.test.tsv" | sed -n 2p)
+say "what it makes of one English clip (asr, en_de) and of one French clip (fr_en)"
+"$PYTHON" transcribe.py "$shared" "$corpus/cv/en/clips/$english_clip" --task asr
+"$PYTHON" transcribe.py "$shared" "$corpus/cv/en/clips/$english_clip" --task en_de
+"$PYTHON" transcribe.py "$shared" "$corpus/cv/fr/clips/$french_clip" --task fr_en
 say "done; open $results/report/report.html"

@@ -4,7 +4,9 @@ After layers l .. l+n-1 are gone the receiving layer reads h[l] where it used to
 before the cut is h[l] = a + m, with m = W x from its `down_proj` and a the rest of the residual stream. The map T that
 makes a + T m nearest to h[l+n] over real positions is found in one pass over the unpruned decoder, and T W takes the
 place of W: no new parameter, no new operation (the idea of ReplaceMe, arXiv 2505.02819, solved here with padding left
-out, sums in float64, and a ridge that pulls T towards the identity, i.e. towards doing nothing).
+out, sums in float64, and a ridge that pulls T towards the identity, i.e. towards doing nothing). Errors are relative to
+|h[l+n]|: layers normalise what they read, so a direction counts and a length does not, and without it the few positions
+of largest norm, which are those of speech, decide the map.
 
 Shapes: B sequences, T positions, H width.
 """
@@ -131,9 +133,9 @@ def fit_compensation(
         for batch in batches:
             raise_if_stopped()
             mask = batch["attention_mask"]
-            inputs = {key: batch[key] for key in ("inputs_embeds", "input_ids") if key in batch}
+            sequences = {key: batch[key] for key in ("inputs_embeds", "input_ids") if key in batch}
             decoder.get_decoder()(
-                **inputs,
+                **sequences,
                 attention_mask=mask,
                 position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
                 use_cache=False,
@@ -141,8 +143,10 @@ def fit_compensation(
             mlp, before, after = (
                 streams.seen[name][mask.bool()].double() for name in ("mlp", "before", "after")
             )  # (real positions, H)
-            gram += mlp.T @ mlp
-            cross += mlp.T @ (after - before + mlp)
+            scale = after.norm(dim=-1, keepdim=True)
+            inputs, targets = mlp / scale, (after - before + mlp) / scale
+            gram += inputs.T @ inputs
+            cross += inputs.T @ targets
     gram, cross = _all_reduce(gram), _all_reduce(cross)
     transform = solve(gram, cross, ridge)
     return (transform @ weight.double()).to(weight.dtype)

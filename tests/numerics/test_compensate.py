@@ -46,7 +46,10 @@ def padded(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
 
 
 def naive(model: Any, rows: list[torch.Tensor]) -> np.ndarray:
-    """New weight from the stacked least-squares problem [X; sqrt(ridge) I] T^T = [Y; sqrt(ridge) I], by `lstsq`."""
+    """New weight from the stacked least-squares problem [X; sqrt(ridge) I] T^T = [Y; sqrt(ridge) I], by `lstsq`.
+
+    Each position's equation is divided by the norm of the state that it should reach.
+    """
     inputs, outputs = [], []
     mlp: list[torch.Tensor] = []
     layer = model.get_decoder().layers[START - 1]
@@ -57,10 +60,11 @@ def naive(model: Any, rows: list[torch.Tensor]) -> np.ndarray:
             states = model(inputs_embeds=row[None], output_hidden_states=True).hidden_states
         # hidden_states[l] is the input of layer l (only the very last entry has passed the final norm).
         before, after, m = states[START][0], states[START + SIZE][0], mlp[0]
-        inputs.append(m.double().numpy())
-        outputs.append((after - (before - m)).double().numpy())
+        for x, rest, target in zip(m.double(), (before - m).double(), after.double(), strict=True):
+            inputs.append((x / target.norm()).numpy())
+            outputs.append(((target - rest) / target.norm()).numpy())
     handle.remove()
-    x, y = np.concatenate(inputs), np.concatenate(outputs)
+    x, y = np.stack(inputs), np.stack(outputs)
     weight = np.sqrt(RIDGE * (x**2).sum(0).mean())
     identity = weight * np.eye(x.shape[1])
     transform = np.linalg.lstsq(np.vstack([x, identity]), np.vstack([y, identity]), rcond=None)[0].T
