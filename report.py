@@ -6,9 +6,10 @@
     python report.py results/first results/second --compare
     python report.py --paper                               # the paper's own numbers through the same functions
 
-Writes table1, points, matrices and redundancy (.md, .csv), pruning curves and heatmaps (.png, .svg) and report.html
-into the experiment's report/ folder, or into results/report/ if several experiments with results are given. Experiments
-that were only measured are material to compare with and do not count as several.
+Writes table1, table2, points, kept_share, efficiency, extras, paper (ours beside its numbers), matrices and redundancy
+(.md, .csv), figure2 and heatmaps (.md, .csv, .png, .svg), pruning curves (.png, .svg) and report.html into the
+experiment's report/ folder, or into results/report/ if several experiments with results are given. Experiments that
+were only measured are material to compare with and do not count as several. Seeds of one experiment stand side by side.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="largest accepted relative degradation of every task (default: 0.25 for ASR, 0.10 for AST)",
+        help="largest accepted relative degradation of every experiment (default: `tolerance` of its YAML)",
     )
     parser.add_argument("--paper", action="store_true", help="recompute the paper's claims")
     parser.add_argument("--json", action="store_true", help="with --paper: print JSON")
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> int | None:
     report = build_report(arguments.folders, arguments.tolerance, arguments.compare)
     if report.table1:
         print(report.table1)
+    if report.further:
+        print(report.further)
     if report.compared:
         print(report.compared)
     for line in report.incomplete:

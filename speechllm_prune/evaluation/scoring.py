@@ -117,7 +117,7 @@ def score_wer(
         (normalise(ref).split(), normalise(hyp).split())
         for ref, hyp in zip(refs, hyps, strict=True)
     ]
-    aligned = _align(pairs)
+    aligned = align_words(pairs)
     rows = [_count(pieces) for pieces in aligned]
     total = ErrorCounts(
         sum(row.substitutions for row in rows),
@@ -207,7 +207,7 @@ Piece = tuple[str, list[str], list[str]]
 """A stretch of an alignment: equal, substitute, delete or insert, and the words of both sides."""
 
 
-def _align(pairs: Sequence[tuple[list[str], list[str]]]) -> list[list[Piece]]:
+def align_words(pairs: Sequence[tuple[list[str], list[str]]]) -> list[list[Piece]]:
     """Minimum-edit alignments by jiwer; references without words, which it refuses, are insertions."""
     import jiwer
 

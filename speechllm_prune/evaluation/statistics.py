@@ -240,6 +240,26 @@ def paired_bootstrap(
     ValueError
         If the two sets of utterances differ, or an id occurs twice.
     """
+    first, second = aligned(baseline_ids, baseline_rows, system_ids, system_rows)
+    before = _resampled_scores(first, metric, draws, seed)
+    after = _resampled_scores(second, metric, draws, seed)
+    difference = _percentiles(after - before, level)
+    if corpus_score(first.sum(axis=0), metric) == 0:
+        return Paired(difference, None)
+    sign = 1.0 if metric == "wer" else -1.0
+    change = sign * (after - before)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        degradation = np.where(change == 0, 0.0, change / before)  # 0 errors twice is no change
+    return Paired(difference, _percentiles(degradation, level))
+
+
+def aligned(
+    baseline_ids: Sequence[str],
+    baseline_rows: np.ndarray,
+    system_ids: Sequence[str],
+    system_rows: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of two systems in one order of utterances; ValueError if they saw different ones."""
     order = {name: position for position, name in enumerate(system_ids)}
     if len(order) != len(system_ids) or len(set(baseline_ids)) != len(baseline_ids):
         raise ValueError("an utterance id occurs twice")
@@ -252,17 +272,45 @@ def paired_bootstrap(
     names = sorted(order)
     position = {name: index for index, name in enumerate(baseline_ids)}
     first = np.asarray(baseline_rows)[[position[name] for name in names]]
-    second = np.asarray(system_rows)[[order[name] for name in names]]
-    before = _resampled_scores(first, metric, draws, seed)
-    after = _resampled_scores(second, metric, draws, seed)
-    difference = _percentiles(after - before, level)
-    if corpus_score(first.sum(axis=0), metric) == 0:
-        return Paired(difference, None)
-    sign = 1.0 if metric == "wer" else -1.0
-    change = sign * (after - before)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        degradation = np.where(change == 0, 0.0, change / before)  # 0 errors twice is no change
-    return Paired(difference, _percentiles(degradation, level))
+    return first, np.asarray(system_rows)[[order[name] for name in names]]
+
+
+def mean_difference(
+    pairs: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+    metric: str = "wer",
+    draws: int = DRAWS,
+    level: float = 0.95,
+) -> tuple[float, Interval]:
+    """Mean of `system - baseline` over several cuts and evaluation sets, and its interval.
+
+    The cuts of one set are resampled together, since they were decoded on the same utterances; sets are resampled
+    independently of each other.
+
+    Arguments
+    ---------
+    pairs : mapping
+        {evaluation set: [(rows of the baseline, rows of the system), as `aligned` gives them]}.
+    metric, draws, level
+        As in `bootstrap_interval`.
+
+    Example
+    -------
+    >>> rows = np.array([[0, 5], [1, 5], [2, 5], [0, 5]])
+    >>> mean_difference({"dev": [(rows, rows)]})
+    (0.0, Interval(low=0.0, high=0.0, level=0.95))
+    """
+    samples, values = [], []
+    for seed, name in enumerate(sorted(pairs)):
+        for first, second in pairs[name]:
+            before, after = (
+                _resampled_scores(rows, metric, draws, seed) for rows in (first, second)
+            )
+            samples.append(after - before)
+            scores = (
+                corpus_score(np.asarray(rows).sum(axis=0), metric) for rows in (second, first)
+            )
+            values.append(float(np.subtract(*scores)))
+    return float(np.mean(values)), _percentiles(np.mean(samples, axis=0), level)
 
 
 # ------------------------------------------------------------------------- comparing matrices and paths

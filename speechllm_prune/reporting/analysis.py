@@ -25,8 +25,9 @@ from speechllm_prune.reporting.collect import (
     failure_reason,
 )
 from speechllm_prune.runtime import UserError
+from speechllm_prune.tasks import TASKS
 
-TOLERANCE = {"asr": 0.25, "ast": 0.10}
+TOLERANCE = {name: task.tolerance for name, task in TASKS.items()}
 """Largest accepted relative degradation per task (paper, section 4.1)."""
 
 
@@ -60,6 +61,10 @@ class Choice:
     """{block size: {evaluation set: result}} along the path."""
     largest: int | None
     safe: int | None
+    on_dev: int | None
+    """The largest tested block within tolerance on the dev set alone."""
+    dev_tested: bool
+    """Whether any of the blocks was evaluated on the dev set."""
 
 
 def analyse(experiment: ExperimentData, tolerance: float | None = None) -> list[Result]:
@@ -70,8 +75,10 @@ def analyse(experiment: ExperimentData, tolerance: float | None = None) -> list[
     experiment : ExperimentData
         As read by `collect`.
     tolerance : float, optional
-        Largest accepted relative degradation; by default the one of the point's task.
+        Largest accepted relative degradation; by default the experiment's own.
     """
+    tolerance = experiment.tolerance if tolerance is None else tolerance
+    sets = experiment.set_order
     rows: dict[tuple[str, str], tuple[list[str], np.ndarray] | str] = {}
     for point in experiment.points:
         try:
@@ -81,7 +88,7 @@ def analyse(experiment: ExperimentData, tolerance: float | None = None) -> list[
     order = sorted(
         experiment.points,
         key=lambda p: (
-            p.eval_set,
+            sets.index(p.eval_set),
             not p.is_full,
             SHUFFLED in p.tag,
             p.control,
@@ -91,10 +98,7 @@ def analyse(experiment: ExperimentData, tolerance: float | None = None) -> list[
             p.tag,
         ),
     )
-    return [
-        _judge(point, experiment, rows, TOLERANCE[point.task] if tolerance is None else tolerance)
-        for point in order
-    ]
+    return [_judge(point, experiment, rows, tolerance) for point in order]
 
 
 def _judge(
@@ -184,8 +188,18 @@ def choose_blocks(
         for n, found in tested.items()
     }
     largest, safe = largest_blocks(degradations, tolerance, experiment.eval_sets)
-    ordered = dict(sorted(tested.items()))
-    return Choice(heal_mode, tag, tolerance, experiment.eval_sets, ordered, largest, safe)
+    on_dev, _ = largest_blocks(degradations, tolerance, [experiment.dev_set])
+    return Choice(
+        heal_mode,
+        tag,
+        tolerance,
+        experiment.eval_sets,
+        dict(sorted(tested.items())),
+        largest,
+        safe,
+        on_dev,
+        dev_tested=any(experiment.dev_set in found for found in tested.values()),
+    )
 
 
 # -------------------------------------------------------------------------------------- utterance rows
@@ -241,12 +255,15 @@ def _bleu_rows(lines: Sequence[dict[str, Any]], record: dict[str, Any]) -> np.nd
 def check_comparable(experiments: Sequence[ExperimentData]) -> None:
     """Refuse numbers that must not stand in one table: other data, metric or normaliser under the same name.
 
+    Seeds of one experiment may have corpora of their own (those of the demo do): they are listed side by side, and
+    no utterance of one is ever paired with one of the other.
+
     Raises
     ------
     UserError
         Naming the two files that contradict each other.
     """
-    reference: dict[tuple[str, str], Point] = {}
+    known: dict[tuple[str, str], list[Point]] = {}
     for experiment in experiments:
         layers: Point | None = None
         for point in experiment.points:
@@ -263,29 +280,51 @@ def check_comparable(experiments: Sequence[ExperimentData]) -> None:
                     f"{layers.folder} is of a decoder with {layers.num_layers} layers, {point.folder} of one with "
                     f"{point.num_layers}: one experiment has one decoder; remove what is left of the other"
                 )
-            first = reference.setdefault((point.task, point.eval_set), point)
-            for name, before, now in _identity(first, point):
-                if before != now:
-                    raise UserError(
-                        f"{first.folder} and {point.folder} cannot stand in one table: {name} is {before!r} in the "
-                        f"first and {now!r} in the second; report them separately (seeds of the demo have corpora "
-                        "of their own), or, if one of them is out of date, run evaluate.py --overwrite on it"
-                    )
+            _refuse_other_data(known.setdefault((point.task, point.eval_set), []), point)
 
 
-def _identity(first: Point, second: Point) -> list[tuple[str, Any, Any]]:
-    pairs = [
-        ("metric", first.metric, second.metric),
-        ("num_utterances", first.num_utterances, second.num_utterances),
-    ]
-    for key in ("reference_words", "text_normaliser", "signature", "protocol"):
-        before, now = first.record.get(key), second.record.get(key)
-        if before is not None and now is not None:
-            pairs.append((key, before, now))
+def _refuse_other_data(known: list[Point], point: Point) -> None:
+    """Compare a point with those of the other corpora under the same name; a corpus of a new seed joins them."""
+    own = [p for p in known if p.experiment == point.experiment and p.seed == point.seed]
+    for first in own or known:
+        differing = _scoring(first, point)
+        another_seed = first.experiment == point.experiment and first.seed != point.seed
+        if own or not (another_seed or any(same_data(p, point) for p in known)):
+            differing += _data(first, point)
+        for name, before, now in differing:
+            if before != now:
+                raise UserError(
+                    f"{first.folder} and {point.folder} cannot stand in one table: {name} is {before!r} in the "
+                    f"first and {now!r} in the second; report them separately, or, if one of them is out of date, "
+                    "run evaluate.py --overwrite on it"
+                )
+    if not own:
+        known.append(point)
+
+
+def same_data(first: Point, second: Point) -> bool:
+    """Whether two points of an evaluation set are known to be of the same utterances, as far as they say."""
+    return all(before == now for _, before, now in _data(first, second))
+
+
+def _scoring(first: Point, second: Point) -> list[tuple[str, Any, Any]]:
+    pairs = [("metric", first.metric, second.metric)]
+    return pairs + _recorded(first, second, "text_normaliser", "signature", "protocol")
+
+
+def _data(first: Point, second: Point) -> list[tuple[str, Any, Any]]:
+    pairs: list[tuple[str, Any, Any]]
+    pairs = [("num_utterances", first.num_utterances, second.num_utterances)]
+    pairs += _recorded(first, second, "reference_words")
     before, now = _manifest_hash(first), _manifest_hash(second)
     if before and now:
         pairs.append((f"the manifest of {first.eval_set}", before[:12], now[:12]))
     return pairs
+
+
+def _recorded(first: Point, second: Point, *keys: str) -> list[tuple[str, Any, Any]]:
+    pairs = [(key, first.record.get(key), second.record.get(key)) for key in keys]
+    return [(key, before, now) for key, before, now in pairs if None not in (before, now)]
 
 
 def _manifest_hash(point: Point) -> str | None:

@@ -20,14 +20,23 @@ from speechllm_prune.reporting.compare import (
     points_of_equal_depth,
     redundancy_table,
 )
+from speechllm_prune.reporting.forgetting import what_pruning_forgets
+from speechllm_prune.reporting.further import (
+    figure2_stem,
+    further_tables,
+    heatmap_tables,
+    shown_tables,
+)
 from speechllm_prune.reporting.measured import (
     compare_all_measurements,
     refuse_unequal_rules,
     with_post_norm,
 )
 from speechllm_prune.reporting.page import PageContent, PageFigure, render_page
-from speechllm_prune.reporting.tables import Table, points_table, table1, to_csv, to_markdown
+from speechllm_prune.reporting.table1 import table1
+from speechllm_prune.reporting.tables import Table, points_table, to_csv, to_markdown
 from speechllm_prune.reporting.translation import table2
+from speechllm_prune.reporting.widgets import heatmaps, tolerance_chooser
 from speechllm_prune.runtime import UserError
 
 
@@ -39,6 +48,8 @@ class Report:
     page: Path
     table1: str
     incomplete: list[str]
+    further: str = ""
+    """Kept share, efficiency, extras and, where measured, the paper's numbers beside ours, as text."""
     compared: str = ""
     """With `compare`: what was set beside each other, as text."""
 
@@ -87,7 +98,7 @@ def build_report(
     folders : sequence of str or Path
         Experiment folders, `results/<name>` or `results/<name>/<seed>`.
     tolerance : float, optional
-        Largest accepted relative degradation of all tasks; by default 0.25 for ASR and 0.10 for AST.
+        Largest accepted relative degradation of all tasks; by default that of each experiment's YAML.
     compare : bool
         Whether to set the points, matrices and paths of several experiments beside each other.
     """
@@ -131,6 +142,15 @@ def build_report(
     content.translation = table2(with_points, results)
     if content.translation is not None:
         _write_tables(folder / "table2", [content.translation])
+    further = further_tables(with_points, results, tolerance)
+    content.further = shown_tables(further)
+    if heatmaps_as_text := heatmap_tables(experiments):
+        further["heatmaps"] = heatmaps_as_text
+    for stem, found in further.items():
+        _write_tables(folder / stem, found)
+    _draw_tables(content, folder)
+    _add_choosers(content, with_points, results, tolerance)
+    _add_forgotten(content, with_points, results, folder)
     _add_curves(content, with_points, results, tolerance, folder)
     if compare:
         _add_common_heatmap(content, folder)
@@ -140,12 +160,49 @@ def build_report(
     text = "\n".join(to_markdown(table) for table in shown)
     incomplete = [f"{e.label}: {line}" for e in experiments for line in e.incomplete]
     side_by_side = "\n".join(to_markdown(table) for table in compared) if compare else ""
-    return Report(folder, page, text, incomplete, side_by_side)
+    more = "\n".join(to_markdown(table) for found in content.further.values() for table in found)
+    return Report(folder, page, text, incomplete, more, side_by_side)
 
 
 def _write_tables(stem: Path, tables: Sequence[Table]) -> None:
     write_text(stem.with_suffix(".md"), "\n".join(to_markdown(table) for table in tables))
     write_text(stem.with_suffix(".csv"), to_csv([r for table in tables for r in table.records]))
+
+
+def _draw_tables(content: PageContent, folder: Path) -> None:
+    """The tables that one shows to others, as pictures too."""
+    from speechllm_prune.reporting import figures
+
+    translation = [content.translation] if content.translation else []
+    for stem, tables in (("table1", content.tables), ("table2", translation)):
+        if tables:
+            figures.save_figure(figures.table_figure(tables), folder / stem)
+    for stem, tables in content.further.items():
+        figures.save_figure(figures.table_figure(tables), folder / stem)
+
+
+def _add_choosers(
+    content: PageContent,
+    experiments: Sequence[ExperimentData],
+    results: dict[str, list[Result]],
+    tolerance: float | None,
+) -> None:
+    for index, experiment in enumerate(experiments):
+        allowed = experiment.tolerance if tolerance is None else tolerance
+        judged = results[str(experiment.folder)]
+        content.choosers.append(tolerance_chooser(experiment, judged, allowed, f"chooser-{index}"))
+
+
+def _add_forgotten(
+    content: PageContent,
+    experiments: Sequence[ExperimentData],
+    results: dict[str, list[Result]],
+    folder: Path,
+) -> None:
+    content.forgotten = [what_pruning_forgets(e, results[str(e.folder)]) for e in experiments]
+    tables = [table for one in content.forgotten for table in one.tables]
+    if tables:
+        _write_tables(folder / "forgetting", tables)
 
 
 def _add_curves(
@@ -155,16 +212,25 @@ def _add_curves(
     tolerance: float | None,
     folder: Path,
 ) -> None:
-    from speechllm_prune.reporting import figures
+    from speechllm_prune.reporting import curves, figures
 
-    for task, default in TOLERANCE.items():
-        of_task = [e for e in experiments if e.points[0].task == task]
-        allowed = default if tolerance is None else tolerance
+    for task in TOLERANCE:
+        of_task = [e for e in experiments if e.task == task]
+        if of_task:
+            caption = (
+                "Figure 2: relative degradation against the share of removed layers, positive is worse. Bars: 95 % "
+                "paired bootstrap interval over utterances; dotted: tolerance; dashed: the unpruned model of the next "
+                "smaller tier, if it is in this report; control: nothing removed, healed as for that n. Points of "
+                "equal depth are drawn slightly apart."
+            )
+            figure = curves.figure2(of_task, results, tolerance)
+            content.curves.append(_page_figure(figure, folder / figure2_stem(task), caption))
         for name in dict.fromkeys(name for e in of_task for name in e.eval_sets):
-            figure = figures.pruning_curve(of_task, results, name, allowed)
+            figure = curves.pruning_curve(of_task, results, name, tolerance)
             caption = (
                 f"{name}: score against the share of removed layers. Bars: 95 % bootstrap interval over utterances; "
-                f"dotted: {100 * allowed:g} % worse than unpruned. Points of equal depth are drawn slightly apart."
+                "dotted: the largest accepted score; control: nothing removed, healed as for that n. Points of equal "
+                "depth are drawn slightly apart."
             )
             stem = folder / f"pruning_curve_{name}"
             content.curves.append(_page_figure(figure, stem, caption))
@@ -184,15 +250,18 @@ def _add_heatmaps(content: PageContent, folder: Path) -> None:
         if not measured:
             continue
         suffix = _suffix(experiment, content.experiments[:1])
-        figure = figures.heatmap_figure([figures.panel_of(m) for m in measured.values()])
+        panels = [figures.panel_of(m) for m in measured.values()]
+        figure = figures.heatmap_figure(panels)
         kind = ", a decoder with random weights" if experiment.is_random_decoder else ""
         caption = (
             f"{experiment.label}{kind}: angular distance between the input of layer l and that of layer l + n, at the "
             f"last token. Dark blocks change little. Line: the block that the pruning path removes at each n"
             f"{'; both panels on one scale' if len(measured) > 1 else ''}."
         )
-        stem = folder / f"heatmap{suffix}_{'_'.join(measured)}"
-        content.heatmaps.append(_page_figure(figure, stem, caption))
+        files = figures.save_figure(figure, folder / f"heatmap{suffix}_{'_'.join(measured)}")
+        names = [panel.title.partition("\n")[0] for panel in panels]
+        drawing = heatmaps(list(measured.values()), names)
+        content.heatmaps.append(PageFigure(drawing, caption, files, interactive=True))
 
 
 def _add_common_heatmap(content: PageContent, folder: Path) -> None:
@@ -209,7 +278,13 @@ def _add_common_heatmap(content: PageContent, folder: Path) -> None:
         if (matrix := with_post_norm(m)) is not None
     ]
     complete = len(below) == len(panels)
-    figure = figures.heatmap_figure(panels + (below if complete else []), len(panels))
+    columns = min(len(panels), figures.MOST_COLUMNS)
+    placed: list[figures.HeatmapPanel | None] = []
+    for start in range(0, len(panels), columns):
+        for line in (panels, below) if complete else (panels,):
+            here = line[start : start + columns]
+            placed += [*here, *[None] * (columns - len(here))]
+    figure = figures.heatmap_figure(placed, columns)
     caption = (
         "All measurements on one scale. Line: the block that the pruning path removes at each n."
     )

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 
 from speechllm_prune.experiment import read_json
+from speechllm_prune.hparams import identity
 from speechllm_prune.runtime import UserError
+from speechllm_prune.tasks import TASKS
 
 VARIANT = re.compile(
     r"(?P<control>control-)?l(?P<start>\d{2,})n(?P<size>\d{2,})-(?P<mode>[a-z]+)(?:\+(?P<tag>[\w.+-]+))?"
 )
 STAGES = ("train", "measure", "prune", "heal", "eval")
 MEASURED = ("speech", "text", "speech-no_lora", "text-no_lora")
-METRIC_OF_TASK = {"asr": "wer", "ast": "bleu"}
 SHUFFLED = "shuffled_audio"
 """Tag of the sanity check in which every utterance is decoded from another one's audio."""
 
@@ -106,6 +107,8 @@ class ExperimentData:
     """(start layer, block size) -> the --path choices that selected the block."""
     train_log: list[dict[str, float]] = field(default_factory=list)
     trained: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The keys of train/hyperparams.yaml; empty without it."""
     incomplete: list[str] = field(default_factory=list)
 
     @property
@@ -120,10 +123,34 @@ class ExperimentData:
         return not self.points and self.name.endswith("_random")
 
     @property
+    def task(self) -> str:
+        """asr | ast, of an experiment with points."""
+        return self.points[0].task
+
+    @property
+    def tolerance(self) -> float:
+        """Largest accepted relative degradation: that of its YAML, else the task's."""
+        return float(self.settings.get("tolerance", TASKS[self.task].tolerance))
+
+    @property
+    def dev_set(self) -> str:
+        """The set that training was validated on; empty if unknown, or if it is one of the evaluation sets."""
+        name = str(self.settings.get("valid_manifest") or "")
+        return "" if name in self.settings.get("eval_manifests", []) else name.replace("/", "-")
+
+    @property
+    def set_order(self) -> list[str]:
+        """All sets with points, in the order of the experiment's `eval_manifests`, any others behind them."""
+        named = [name.replace("/", "-") for name in self.settings.get("eval_manifests", [])]
+        found = {point.eval_set for point in self.points}
+        return [name for name in named if name in found] + sorted(found - set(named))
+
+    @property
     def eval_sets(self) -> list[str]:
-        """Sets that the unpruned model was evaluated on (any set, if it was not evaluated at all)."""
-        full = sorted({point.eval_set for point in self.points if point.is_full})
-        return full or sorted({point.eval_set for point in self.points})
+        """Sets that the unpruned model was evaluated on (any set, if it was not evaluated at all), without dev."""
+        full = {point.eval_set for point in self.points if point.is_full}
+        order = [name for name in self.set_order if name != self.dev_set]
+        return [name for name in order if name in full] or order
 
     @property
     def notes(self) -> list[str]:
@@ -193,17 +220,14 @@ def collect(folder: Path) -> ExperimentData:
     data = ExperimentData(name=resolved.parent.name, seed=resolved.name, folder=folder)
     data.trained = (folder / "train" / "DONE.json").is_file()
     data.train_log = read_train_log(folder / "train" / "train_log.txt")
+    _read_settings(data)
     _collect_plans(data)
     _collect_points(data)
-    for measure_input in MEASURED:
-        stage = folder / "measure" / measure_input
-        if stage.is_dir():
-            try:
-                data.measurements[measure_input] = read_measurement(stage)
-            except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-                data.incomplete.append(
-                    f"measure/{measure_input}: {failure_reason(error)}; run measure.py again"
-                )
+    for name in filter(lambda name: (folder / "measure" / name).is_dir(), MEASURED):
+        try:
+            data.measurements[name] = read_measurement(folder / "measure" / name)
+        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+            data.incomplete.append(f"measure/{name}: {failure_reason(error)}; run measure.py again")
     for stage_name in ("train", *_children(folder, "heal")):
         stage = folder / stage_name
         if stage.is_dir() and not (stage / "DONE.json").is_file():
@@ -211,6 +235,16 @@ def collect(folder: Path) -> ExperimentData:
                 f"{stage_name}: not finished (no DONE.json); run its command again to resume"
             )
     return data
+
+
+def _read_settings(data: ExperimentData) -> None:
+    file = data.folder / "train" / "hyperparams.yaml"
+    try:
+        data.settings = identity(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass  # only measured, or copied without it
+    except (UserError, OSError, UnicodeDecodeError) as error:
+        data.incomplete.append(f"train/hyperparams.yaml: cannot be read ({error})")
 
 
 def _children(folder: Path, stage: str) -> list[str]:
@@ -242,7 +276,7 @@ def _collect_points(data: ExperimentData) -> None:
                 data.points.append(read_point(data.folder / name, data.name, data.seed))
             except (UserError, KeyError, TypeError, ValueError) as error:
                 data.incomplete.append(f"{name}: {failure_reason(error)}; run evaluate.py again")
-    expected = {point.eval_set for point in data.points if point.is_full}
+    expected = {point.eval_set for point in data.points if point.is_full} - {data.dev_set}
     for variant in _children(data.folder, "eval"):
         short = variant.removeprefix("eval/")
         seen = {point.eval_set for point in data.points if point.variant == short}
@@ -278,7 +312,8 @@ def read_point(folder: Path, experiment: str, seed: str) -> Point:
         start, size = int(named["start"]), int(named["size"])
     if record["value"] is None:
         raise ValueError("metrics.json has no value")
-    if record["metric"] != METRIC_OF_TASK.get(record["task"]):
+    task = TASKS.get(record["task"])
+    if task is None or record["metric"] != task.metric:
         raise ValueError(
             f"metrics.json has task {record['task']!r} with metric {record['metric']!r}"
         )
@@ -339,9 +374,8 @@ def read_measurement(folder: Path) -> Measurement:
 
 
 def _adapters(record: dict[str, Any]) -> str:
-    if not record.get("decoder_lora_rank"):
-        return "none"
-    return "on" if record.get("measure_lora", True) else "off"
+    on = "on" if record.get("measure_lora", True) else "off"
+    return on if record.get("decoder_lora_rank") else "none"
 
 
 def read_train_log(path: Path) -> list[dict[str, float]]:

@@ -3,10 +3,11 @@ the redundancy of each measured decoder lies."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from speechllm_prune.evaluation.statistics import paired_bootstrap
-from speechllm_prune.reporting.analysis import Result, read_rows
+from speechllm_prune.reporting.analysis import Result, read_rows, same_data
 from speechllm_prune.reporting.collect import SHUFFLED, ExperimentData, Measurement, Point
 from speechllm_prune.reporting.measured import MeasurementComparison, Redundancy, redundancy_of
 from speechllm_prune.reporting.tables import MISSING, Table, block_label, fixed, span
@@ -38,7 +39,7 @@ def points_of_equal_depth(
                 _add_pair(table, first[key], point, other.label)
     table.remarks = [
         "Difference: score of the experiment minus that of the first one, in points, with the paired bootstrap "
-        "interval where both saw the same utterances."
+        "interval where both saw the same utterances. 'other data': seeds whose corpora differ; nothing is paired."
     ]
     return table
 
@@ -62,13 +63,11 @@ def _by_depth(
 
 def _add_pair(table: Table, one: Point, two: Point, label: str) -> None:
     interval = None
-    try:
-        first, second = read_rows(one), read_rows(two)
-        interval = paired_bootstrap(*first, *second, one.metric).difference
-    except (
-        ValueError
-    ):  # other utterances, or no hyps.jsonl: the difference stands without an interval
-        pass
+    equal = same_data(one, two)
+    # Other utterances, or no hyps.jsonl: the difference stands without an interval.
+    with contextlib.suppress(ValueError):
+        if equal:
+            interval = paired_bootstrap(*read_rows(one), *read_rows(two), one.metric).difference
     healing = "control" if one.control else one.heal_mode + (f"+{one.tag}" if one.tag else "")
     blocks = [block_label(p.start_layer, p.block_size) for p in (one, two) if p.is_pruned]
     table.rows.append(
@@ -79,7 +78,7 @@ def _add_pair(table: Table, one: Point, two: Point, label: str) -> None:
             fixed(one.value),
             label,
             fixed(two.value),
-            f"{two.value - one.value:+.2f}{span(interval)}",
+            f"{two.value - one.value:+.2f}{span(interval)}{'' if equal else ' (other data)'}",
             "–" if not blocks else "same" if len(set(blocks)) == 1 else " / ".join(blocks),
         ]
     )
@@ -98,6 +97,7 @@ def _add_pair(table: Table, one: Point, two: Point, label: str) -> None:
             "difference": two.value - one.value,
             "difference_low": interval.low if interval else None,
             "difference_high": interval.high if interval else None,
+            "same_data": equal,
             "note": two.note,
         }
     )

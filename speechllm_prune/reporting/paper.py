@@ -124,6 +124,18 @@ def removed_layers(drop: float, num_layers: int) -> int:
     return round(drop * num_layers / 100.0)
 
 
+def system_of(decoder_hub: str, lora: bool = False) -> System | None:
+    """The system of Table 1 with this decoder: a hub id, or a local folder of the model's name.
+
+    Example
+    -------
+    >>> system_of("Qwen/Qwen2.5-7B", lora=True).drop
+    17.9
+    """
+    name = decoder_hub.rstrip("/").rpartition("/")[2] + (" + LoRA" if lora else "")
+    return next((system for system in TABLE1 if system.model == name), None)
+
+
 # ----------------------------------------------------------------------------------------------- claims
 def paper_claims(
     table1: Sequence[System] = TABLE1, table2: Sequence[TranslationRow] = TABLE2

@@ -18,7 +18,8 @@ COMMON = {
 SETS = (("librispeech", "test-clean"), ("librispeech", "test-other"), ("loquacious", "dev"))
 BASE_RATE = {"test-clean": 0.02, "test-other": 0.06, "dev": 0.12}
 SLOPE = {"none": 5.0, "decoder": 1.6, "projector": 1.2, "joint": 0.4}
-WORDS_PER_UTTERANCE = 10
+WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliet".split()
+WORDS_PER_UTTERANCE = len(WORDS)
 
 
 def write(path: Path, value: object) -> Path:
@@ -77,8 +78,8 @@ def write_point(
     rows = [
         {
             "id": f"{split}-{index:04d}",
-            "ref": "one two three four five six seven eight nine ten",
-            "hyp": " ".join(["x"] * count + ["one"] * (WORDS_PER_UTTERANCE - count)),
+            "ref": " ".join(WORDS),
+            "hyp": " ".join(["x"] * count + WORDS[count:]),
             "duration": 2.0,
             "num_tokens": 10,
             "capped": False,
@@ -184,6 +185,19 @@ def write_experiment(
         seed_folder, "full+shuffled_audio", *sets[0], draw_errors(0.85, num_utterances, seed=9)
     )
     return seed_folder
+
+
+def write_settings(seed_folder: Path, **keys: object) -> None:
+    """Write the archived YAML (JSON is YAML) with the keys that a report reads."""
+    settings = {
+        "task": "asr",
+        "tolerance": 0.25,
+        "valid_manifest": "librispeech/dev-clean",
+        "eval_manifests": [f"{corpus}/{split}" for corpus, split in SETS],
+        "decoder_hub": "made-up",
+        "decoder_lora_rank": 0,
+    }
+    write(seed_folder / "train" / "hyperparams.yaml", settings | keys)
 
 
 def write_random_decoder(seed_folder: Path, num_layers: int = 12) -> Path:

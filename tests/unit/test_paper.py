@@ -12,9 +12,11 @@ import pytest
 from speechllm_prune.reporting.paper import (
     TABLE1,
     TABLE2,
+    System,
     paper_claims,
     removed_layers,
     render_claims,
+    system_of,
     tier_gaps,
 )
 
@@ -92,6 +94,49 @@ def test_exchanging_two_cells_of_a_row_changes_verdicts():
     assert any("joint healing, test-clean WER" in text for text in turned)
 
 
+def with_cells(cells: dict[tuple[int, str, int], float]) -> list[System]:
+    """Table 1 with other values in (row, unpruned | pruned, column)."""
+    table = list(TABLE1)
+    for (row, field, column), value in cells.items():
+        values = list(getattr(table[row], field))
+        values[column] = value
+        table[row] = dataclasses.replace(table[row], **{field: tuple(values)})
+    return table
+
+
+def turned(cells: dict[tuple[int, str, int], float]) -> list[str]:
+    """The claims whose verdict changes with the cells."""
+    before, after = paper_claims(), paper_claims(with_cells(cells))
+    return [
+        one["claim"]
+        for one, two in zip(before, after, strict=True)
+        if one["verdict"] != two["verdict"]
+    ]
+
+
+@pytest.mark.parametrize("row", range(len(TABLE1)))
+@pytest.mark.parametrize("field", ["unpruned", "pruned"])
+@pytest.mark.parametrize("column", range(3))
+def test_shuffling_one_cell_into_another_column_changes_a_verdict(row, field, column):
+    first, second = (row, field, column), (row, field, (column + 1) % 3)
+    values = getattr(TABLE1[row], field)
+    texts = turned({first: values[second[2]], second: values[column]})
+    assert any(TABLE1[row].model in text for text in texts)
+
+
+def test_a_shuffle_that_changes_nothing_turns_no_verdict():
+    """Or the test above could pass whatever the cells are."""
+    for row, system in enumerate(TABLE1):
+        cells = {(row, "unpruned", i): value for i, value in enumerate(system.unpruned)}
+        cells |= {(row, "pruned", i): value for i, value in enumerate(system.pruned)}
+        assert turned(cells) == []
+    # Equal values in other places: 4.83, Qwen2.5-7B pruned and Qwen2.5-3B unpruned.
+    assert TABLE1[0].pruned[1] == TABLE1[2].unpruned[1]
+    assert turned({(0, "pruned", 1): TABLE1[2].unpruned[1], (2, "unpruned", 1): 4.83}) == []
+    # A change too small for any claim.
+    assert turned({(0, "pruned", 2): TABLE1[0].pruned[2] + 0.001}) == []
+
+
 @pytest.mark.parametrize("row", range(len(TABLE1)))
 @pytest.mark.parametrize("column", range(3))
 def test_each_pruned_cell_is_held_by_a_verdict(row, column):
@@ -127,3 +172,19 @@ def test_text_counts_the_verdicts():
     claims = paper_claims()
     agree = sum(claim["verdict"] == "agrees" for claim in claims)
     assert render_claims(claims).endswith(f"{agree} of {len(claims)} claims agree")
+
+
+@pytest.mark.parametrize(
+    ("hub", "lora", "model"),
+    [
+        ("Qwen/Qwen2.5-7B", False, "Qwen2.5-7B"),
+        ("Qwen/Qwen2.5-7B", True, "Qwen2.5-7B + LoRA"),
+        ("/models/Llama-3.2-1B/", False, "Llama-3.2-1B"),
+        ("Qwen/Qwen2.5-0.5B", False, None),
+        ("results/stand_ins/demo/decoder", False, None),
+        ("Qwen/Qwen2.5-3B", True, None),
+    ],
+)
+def test_a_decoder_is_one_of_the_paper_or_is_not(hub, lora, model):
+    system = system_of(hub, lora)
+    assert (system.model if system else None) == model

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
+import html
 import html.parser
+import json
+import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +19,14 @@ import numpy as np
 import pytest
 
 import report
-from speechllm_prune.reporting import figures
-from speechllm_prune.reporting.analysis import analyse
+from speechllm_prune.evaluation.statistics import Interval, largest_blocks, verdict
+from speechllm_prune.reporting import curves, figures
+from speechllm_prune.reporting.analysis import Result, analyse, choose_blocks
 from speechllm_prune.reporting.build import Report, build_report
-from speechllm_prune.reporting.collect import collect
-from speechllm_prune.reporting.page import fill
+from speechllm_prune.reporting.collect import Measurement, collect
+from speechllm_prune.reporting.page import TEMPLATE, fill
+from speechllm_prune.reporting.table1 import joint_verdict
+from speechllm_prune.reporting.widgets import alignment, heatmaps
 from tests.unit import fake_results as fake
 
 CLEAN, OTHER, DEV = "librispeech-test-clean", "librispeech-test-other", "loquacious-dev"
@@ -199,6 +209,167 @@ def test_a_report_never_imports_torch(tiny, repo_root):
     assert done.returncode == 0, done.stderr
 
 
+# ------------------------------------------------------------------------------------ what answers the reader
+def rows_of(text: str, table_id: str) -> list[list[str]]:
+    """Cells of a table's body."""
+    body = re.search(rf'<table id="{table_id}">.*?<tbody>(.*?)</tbody>', text, re.DOTALL)
+    assert body is not None
+    return [
+        [
+            html.unescape(re.sub(r"<[^>]+>", "", cell))
+            for cell in re.findall(r"<t[hd].*?</t[hd]>", row)
+        ]
+        for row in re.findall(r"<tr>.*?</tr>", body[1])
+    ]
+
+
+def random_block(generator: random.Random, n: int, sets: list[str]) -> dict:
+    """A tested block size with changes on and around tolerances, and sets that are missing."""
+    change, interval = {}, {}
+    for name in sets:
+        value = generator.choice([generator.uniform(-0.5, 1.5), 0.25, 0.25 + 1e-12, 0.1, None])
+        ends = sorted(generator.choice([generator.uniform(-0.5, 1.5), 0.25]) for _ in range(2))
+        change[name] = value
+        interval[name] = generator.choice([ends, ends, None])
+    return {"n": n, "change": change, "interval": interval}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no JavaScript engine (node) to run")
+def test_the_page_chooses_as_python_does():
+    generator = random.Random(0)
+    cases = []
+    for _ in range(300):
+        sets = ["clean", "other", "dev"][: generator.randint(1, 3)]
+        sizes = generator.sample(range(1, 20), generator.randint(0, 6))
+        blocks = [random_block(generator, n, sets) for n in sizes]
+        tolerance = generator.choice([0.0, 0.1, 0.25, 0.5, generator.random()])
+        cases.append({"blocks": blocks, "tolerance": tolerance, "sets": sets})
+    rules = re.search(r'<script id="rules">(.*?)</script>', TEMPLATE.read_text(), re.DOTALL)
+    assert rules is not None
+    program = (
+        rules[1]
+        + """
+      const told = JSON.parse(require("fs").readFileSync(0)).map(({ blocks, tolerance, sets }) => [
+        largestBlocks(blocks, tolerance, sets), blocks.map((one) => jointVerdict(one, tolerance, sets))]);
+      console.log(JSON.stringify(told));
+    """
+    )
+    done = subprocess.run(
+        ["node", "-e", program], input=json.dumps(cases), capture_output=True, text=True, check=True
+    )
+    outcomes = set()
+    for case, (chosen, verdicts) in zip(cases, json.loads(done.stdout), strict=True):
+        blocks, tolerance, sets = case["blocks"], case["tolerance"], case["sets"]
+        expected = largest_blocks({b["n"]: b["change"] for b in blocks}, tolerance, sets)
+        assert (chosen["largest"], chosen["safe"]) == expected, case
+        outcomes.add((expected[0] is None, expected[0] == expected[1]))
+        for block, found in zip(blocks, verdicts, strict=True):
+            one = [
+                verdict(Interval(*ends) if (ends := block["interval"][name]) else None, tolerance)
+                for name in sets
+            ]
+            results = [Result(None, verdict=word) for word in one]  # type: ignore[arg-type]
+            assert found == joint_verdict(results), (block, tolerance)
+    assert len(outcomes) == 3  # none, both alike, safe smaller: the cases are not all of one kind
+
+
+def test_the_slider_begins_with_what_table_1_says(built, complete):
+    text = built.page.read_text()
+    experiment = collect(complete)
+    choice = choose_blocks(experiment, analyse(experiment), 0.25)
+    rows = rows_of(text, "chooser-0-chosen")
+    assert [row[0] for row in rows[:2]] == ["joint healing"] * 2 and len(rows) == 8
+    assert [row[2] for row in rows[:2]] == [str(choice.largest), str(choice.safe)]
+    (pruned,) = (row for row in rows_of(text, "table1-0") if row[0] == "+ Pruning")
+    assert all(cell in rows[0] for cell in pruned[3:6])  # the scores
+    data = json.loads(html.unescape(re.search(r'data-chooser="([^"]*)"', text)[1]))
+    assert data["sets"] == experiment.eval_sets
+    joint = {block["n"]: block["change"] for block in data["modes"][0]["tested"]}
+    assert joint == {
+        n: {name: found[name].degradation for name in found} for n, found in choice.tested.items()
+    }
+
+
+def test_heatmap_has_a_cell_per_block_and_the_path():
+    matrix = fake.distance_matrix(5)
+    matrix[1, 1] = np.nan
+    measurement = measurement_of(matrix)
+    text = heatmaps([measurement], ["speech <input>"])
+    assert text.count("<rect x=") == 14 and "speech &lt;input&gt;" in text
+    data = json.loads(html.unescape(re.search(r'data-map="([^"]*)"', text)[1]))
+    assert [len(row) for row in data["values"]] == [5, 4, 3, 2, 1]
+    assert data["values"][1][1] is None
+    assert data["values"][2][1] == round(matrix[2, 1], 4)
+    assert data["path"] == {str(n): l for n, l in measurement.path.items()}
+
+
+def measurement_of(matrix: np.ndarray) -> Measurement:
+    """A measurement as read from files."""
+    path = {n: int(np.nanargmin(matrix[n - 1, : len(matrix) - n])) for n in range(1, len(matrix))}
+    margin = dict.fromkeys(path, 0.5)
+    return Measurement(
+        "speech", matrix, 40, len(matrix), "sequence", "", path, margin, "", Path("unused"), {}
+    )
+
+
+def test_alignment_marks_errors_by_letter_and_says_both_sides():
+    text = alignment(
+        [
+            ("equal", ["a"], ["a"]),
+            ("substitute", ["b", "<i>"], ["c", "d"]),
+            ("delete", ["e"], []),
+            ("insert", [], ["f"]),
+        ]
+    )
+    assert re.findall(r'class="w (\w*)"', text) == ["head", "", "S", "S", "D", "I"]
+    assert re.findall(r"<u>(.*?)</u>", text) == ["", "", "S", "S", "D", "I"]
+    assert "Reference: a b &lt;i&gt; e. Hypothesis: a c d f." in text
+    long = alignment([("equal", ["a"] * 70, ["a"] * 70)])
+    assert long.count('class="w ') == 61 and "and 10 more words" in long
+
+
+def test_no_script_but_the_templates_own_may_run(built):
+    text = built.page.read_text()
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert len(scripts) == 2 and policy.startswith("default-src 'none';")
+    allowed = re.search(r"script-src (.*)", policy)[1]
+    assert allowed.split() == [f"'sha256-{digest}'" for digest in digests]
+    assert not re.search(
+        r"<[^>]*\son\w+=", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    )
+
+
+def test_transcripts_are_text(tiny):
+    evil = '<script>alert("x")</script>\'"><img src=x onerror=alert(1)>'
+    for file in tiny.glob("eval/*/*/hyps.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        worst = max(rows, key=lambda row: row["substitutions"])
+        worst["hyp"], worst["id"] = worst["hyp"].replace("x", "<script>", 1), f"{worst['id']}{evil}"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = build_report([tiny]).page.read_text()
+    assert Page(text).open == []
+    assert html.escape(evil) in text  # as the id of a worst utterance
+    assert evil not in text and "<img" not in text
+
+
+def test_page_says_what_pruning_forgets_and_where_its_numbers_come_from(built, complete):
+    text = built.page.read_text()
+    assert 'id="forgetting"' in text and 'id="worst"' in text
+    table = rows_of(text, "forgotten-0")
+    assert table[0][0] == "WER %, all" and len(table[0]) == 2 + 1 + 4
+    with open(complete / "report" / "forgetting.csv", newline="") as stream:
+        records = list(csv.DictReader(stream))
+    assert {row["note"] for row in records} == {fake.NOTE}
+    assert {row["heal_mode"] for row in records} == {"none", "decoder", "projector", "joint"}
+    assert "Not said: words by their frequency" in text  # no training manifest here
+    footer = text[text.index('id="provenance"') :]
+    for fact in ("c" * 12, "0" * 40, "librispeech/test-clean dddddddddddd", fake.NOTE, "made-up"):
+        assert fact in footer, fact
+    assert len(text) < 2_000_000
+
+
 # -------------------------------------------------------------------------------------- tables and figures
 def test_template_and_values_must_match():
     with pytest.raises(KeyError):
@@ -230,10 +401,11 @@ def test_two_panels_share_one_scale(complete):
 def test_pruning_curve_has_a_line_per_heal_mode_with_its_scores(complete):
     data = collect(complete)
     results = {str(data.folder): analyse(data)}
-    axis = figures.pruning_curve([data], results, OTHER, 0.25).axes[0]
+    axis = curves.pruning_curve([data], results, OTHER, 0.25).axes[0]
     drawn = {container.get_label(): container for container in axis.containers}
     modes = {"no healing", "decoder healing", "projector healing", "joint healing"}
-    assert set(drawn) == modes | {"unpruned", "control: nothing removed, joint healing as for n=8"}
+    modes |= {"joint healing, text-derived path", "unpruned"}
+    assert set(drawn) == modes | {"control, joint healing (n=8)"}
     expected = [
         r.point.value
         for r in results[str(data.folder)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import report
+from speechllm_prune.hparams import identity, resolve_hparams
 from speechllm_prune.reporting.analysis import (
     analyse,
     check_comparable,
@@ -16,8 +17,10 @@ from speechllm_prune.reporting.analysis import (
 )
 from speechllm_prune.reporting.build import build_report
 from speechllm_prune.reporting.collect import collect, find_experiments, read_train_log
+from speechllm_prune.reporting.compare import points_of_equal_depth
 from speechllm_prune.reporting.measured import compare_all_measurements, compare_measurements
-from speechllm_prune.reporting.tables import points_table, table1, to_html, to_markdown
+from speechllm_prune.reporting.table1 import table1
+from speechllm_prune.reporting.tables import points_table, to_html, to_markdown
 from speechllm_prune.runtime import UserError
 from tests.unit import fake_results as fake
 
@@ -264,6 +267,98 @@ def test_points_table_pairs_healed_with_unhealed(complete):
     assert found["full", OTHER]["relative_degradation"] is None
 
 
+def set_dev(seed_folder: Path, variant: str, total: int) -> None:
+    counts = [total // 100 + (index < total % 100) for index in range(100)]
+    fake.write_point(seed_folder, variant, "librispeech", "dev-clean", counts)
+
+
+def test_n_by_dev_only_is_chosen_there_and_shown_on_the_evaluation_sets(graded):
+    fake.write_settings(graded)
+    blocks = {n: block_on_path(graded, n) for n in (2, 4, 6)}
+    same = {"test-clean": 100, "test-other": 100, "dev": 100}
+    for n, on_test in ((2, 100), (4, 190), (6, 100)):
+        set_scores(graded, blocks[n], same | {"test-clean": on_test})
+    data, table, _ = judged_table(graded)
+    assert table.rows[1][0] == "+ Pruning"
+    assert table.rows[1][-4:] == ["6", "2", "not measured", "2 4 6"]
+    assert "--eval_manifests librispeech/dev-clean" in " ".join(table.remarks)
+    assert {row["dev_n"] for row in table.records} == {"not measured"}
+    set_dev(graded, "full", 100)
+    for n, on_dev in ((2, 100), (4, 100), (6, 130)):
+        set_dev(graded, f"{blocks[n]}-joint", on_dev)
+    data, table, _ = judged_table(graded)
+    assert data.dev_set == "librispeech-dev-clean" and data.dev_set not in data.eval_sets
+    assert "librispeech-dev-clean WER %" not in table.columns
+    assert table.rows[1][-4:] == ["6", "2", "4", "2 4 6"]
+    rows = {row[0]: row for row in table.rows}
+    assert rows["+ Pruning, n by dev"][2].startswith("n=4")
+    assert rows["+ Pruning, n by dev"][3] == "19.00 (+90.0 %)"
+    assert rows["+ Pruning, n by dev"][6] == "exceeds"
+    # Other variants need not be decoded on dev.
+    assert not [line for line in data.incomplete if line.startswith("eval/")]
+
+
+def test_a_dev_set_that_is_an_evaluation_set_too_stays_one(graded):
+    fake.write_settings(graded, valid_manifest="loquacious/dev")
+    data = collect(graded)
+    assert data.dev_set == "" and DEV in data.eval_sets
+    set_scores(graded, block_on_path(graded, 2), {"test-clean": 100, "test-other": 100, "dev": 100})
+    assert judged_table(graded)[1].rows[1][-2] == "not measured"
+
+
+def test_sets_stand_in_the_order_of_the_experiment(graded):
+    order = ["loquacious/dev", "librispeech/test-other", "librispeech/test-clean"]
+    fake.write_settings(graded, eval_manifests=order)
+    data, table, results = judged_table(graded)
+    assert data.eval_sets == [DEV, OTHER, CLEAN]
+    assert [name.removesuffix(" WER %") for name in table.columns[3:6]] == data.eval_sets
+    listed = [result.point.eval_set for result in results[str(data.folder)]]
+    assert list(dict.fromkeys(listed)) == data.eval_sets
+    fake.write_settings(graded, eval_manifests=["librispeech/test-other"])
+    assert collect(graded).eval_sets == [OTHER, CLEAN, DEV]  # those it does not name stand behind
+
+
+def test_the_tolerance_of_the_yaml_counts_unless_one_is_given(graded):
+    same = {"test-clean": 100, "test-other": 100, "dev": 100}
+    set_scores(graded, block_on_path(graded, 2), same | {"dev": 104})
+    set_scores(graded, block_on_path(graded, 4), same | {"dev": 120})
+    assert judged_table(graded)[1].rows[1][2].startswith("n=4")  # no archive: the task's 0.25
+    fake.write_settings(graded, tolerance=0.05)
+    table = judged_table(graded)[1]
+    assert table.rows[1][2].startswith("n=2") and "at most 0.05 on all" in " ".join(table.remarks)
+    assert {row["tolerance"] for row in table.records} == {0.05}
+    data = collect(graded)
+    at = {r.point.block_size: r.verdict for r in analyse(data) if r.point.eval_set == DEV}
+    assert at[4] == "exceeds"
+    assert judged_table(graded, 0.25)[1].rows[1][2].startswith("n=4")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "overrides", "expected"),
+    [
+        ("task: ast", {}, 0.1),
+        ("task: asr", {}, 0.25),
+        ("task: asr", {"task": "ast"}, 0.1),
+        ("task: ast\ntolerance: 0.2", {}, 0.2),
+        ("task: ast", {"tolerance": 0.3}, 0.3),
+    ],
+)
+def test_a_leaf_without_a_tolerance_is_archived_with_its_tasks(
+    tmp_path, repo_root, leaf, overrides, expected
+):
+    base = repo_root / "hparams" / "base" / "speechllm.yaml"
+    file = tmp_path / "leaf.yaml"
+    file.write_text(f"base: {base}\n{leaf}\n")
+    assert identity(resolve_hparams(file, overrides))["tolerance"] == expected
+
+
+def test_an_archive_that_cannot_be_read_is_listed(small):
+    (small / "train" / "hyperparams.yaml").write_text("a: [1")
+    data = collect(small)
+    assert "train/hyperparams.yaml: cannot be read" in "\n".join(data.incomplete)
+    assert data.tolerance == 0.25
+
+
 # ---------------------------------------------------------------------------------- what must not be mixed
 @pytest.mark.parametrize(
     ("changes", "what"),
@@ -310,3 +405,51 @@ def test_markdown_and_html_keep_odd_characters(complete):
     table.rows = [["a|b <i>", *table.rows[0][1:]]]
     assert "a\\|b <i>" in to_markdown(table)
     assert "a|b &lt;i&gt;" in to_html(table)
+
+
+def with_other_data(seed_folder: Path) -> Path:
+    """Make all points of an experiment ones of another corpus under the same names, with the same utterance ids."""
+    for file in seed_folder.glob("eval/*/*/metrics.json"):
+        record = json.loads(file.read_text())
+        inputs = dict.fromkeys(record["inputs"], "e" * 64)
+        file.write_text(json.dumps(record | {"inputs": inputs}))
+    return seed_folder
+
+
+def test_seeds_with_corpora_of_their_own_stand_side_by_side_and_are_never_paired(small):
+    other = with_other_data(fake.write_experiment(small.parent / "2", (2, 4), num_utterances=40))
+    experiments = [collect(small), collect(other)]
+    check_comparable(experiments)
+    results = {str(e.folder): analyse(e) for e in experiments}
+    assert [row[0] for row in table1(experiments, results, "asr").rows if "seed" in row[0]] == [
+        "small (seed 1)",
+        "small (seed 2)",
+    ]
+    table = points_of_equal_depth(experiments, results)
+    assert table.records and {row["difference_low"] for row in table.records} == {None}
+    assert all("(other data)" in row[6] for row in table.rows)
+    assert {row["same_data"] for row in table.records} == {False}
+
+
+def test_other_data_is_refused_between_experiments_and_within_a_seed(small):
+    other = fake.write_experiment(small.parent.parent / "another" / "2", (2, 4), num_utterances=40)
+    check_comparable([collect(small), collect(other)])
+    with_other_data(other)
+    with pytest.raises(UserError, match="the manifest of"):
+        check_comparable([collect(small), collect(other)])
+    # A third one may have the corpus of either seed, and no third corpus.
+    second = with_other_data(fake.write_experiment(small.parent / "2", (2, 4), num_utterances=40))
+    check_comparable([collect(small), collect(second), collect(other)])
+    file = next(second.glob("eval/l*-joint/*/metrics.json"))
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"inputs": dict.fromkeys(record["inputs"], "f" * 64)}))
+    with pytest.raises(UserError, match="the manifest of"):
+        check_comparable([collect(small), collect(second)])
+
+
+def test_seeds_scored_by_other_rules_are_refused(small):
+    other = with_other_data(fake.write_experiment(small.parent / "2", (2, 4), num_utterances=40))
+    for file in other.glob("eval/*/*/metrics.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"text_normaliser": "none"}))
+    with pytest.raises(UserError, match="text_normaliser"):
+        check_comparable([collect(small), collect(other)])

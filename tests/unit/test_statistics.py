@@ -16,6 +16,7 @@ from speechllm_prune.evaluation.statistics import (
     is_within,
     largest_blocks,
     mean_absolute_difference,
+    mean_difference,
     paired_bootstrap,
     path_agreement,
     relative_degradation,
@@ -301,3 +302,23 @@ def test_statistics_is_deterministic():
     first, second = (bootstrap_interval(rows, seed=seed) for seed in itertools.repeat(1, 2))
     assert first == second
     assert first != bootstrap_interval(rows, seed=2)
+
+
+def test_mean_difference_resamples_the_cuts_of_a_set_together():
+    generator = np.random.default_rng(0)
+    words = np.full(200, 10)
+
+    def rows(rate):
+        return np.stack([generator.binomial(10, rate, 200), words], axis=1)
+
+    base, better = rows(0.3), rows(0.2)
+    mean, interval = mean_difference({"a": [(base, better)]})
+    ids = [f"{index:03d}" for index in range(200)]
+    alone = paired_bootstrap(ids, base, ids, better).difference
+    assert mean == pytest.approx(float(corpus_wer(better.sum(0)) - corpus_wer(base.sum(0))))
+    assert (interval.low, interval.high) == pytest.approx((alone.low, alone.high))
+    # The same pair twice is no more evidence; a pair of another set is.
+    twice = mean_difference({"a": [(base, better)] * 2})
+    assert twice[1] == interval and twice[0] == mean
+    more = mean_difference({"a": [(base, better)], "b": [(base, better)]})[1]
+    assert more.high - more.low < 0.85 * (interval.high - interval.low)
