@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check clean
+.PHONY: help .venv demo test check bench clean
 
 help:
 	@echo "make demo    the whole study on synthetic speech: train, measure, prune, heal, report (CPU, minutes)"
 	@echo "make test    all tests"
 	@echo "make check   ruff, ruff format, yamllint, mypy, and the fast tests"
+	@echo "make bench   CPU benchmarks against SpeechBrain and transformers, into benchmarks/results/ (minutes)"
 	@echo "make .venv   install the project and its tools into .venv (the targets above do it when needed)"
 	@echo "make clean   remove .venv and caches (results/ is kept)"
 	@echo "PYTHON=...   the Python (3.11 or newer) that .venv is made with; default python3"
@@ -51,6 +52,10 @@ check: $(VENV)/.installed
 	@$(BIN)/mypy
 	@echo "==> Fast tests"
 	@$(BIN)/python -m pytest -m 'not slow'
+
+bench: $(VENV)/.installed
+	@echo "==> CPU benchmarks; exit code 1 if a gate is missed"
+	@$(BIN)/python benchmarks/cpu.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

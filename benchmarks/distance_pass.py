@@ -1,95 +1,99 @@
 #!/usr/bin/env python3
-"""What measuring all angular distances costs over a plain forward pass of the decoder body.
+"""C6: what measuring all angular distances costs over a plain forward pass of the decoder body.
 
-    python benchmarks/distance_pass.py [--layers 28] [--width 896] [--batch 8] [--positions 160] [--repeats 5]
+    python benchmarks/distance_pass.py
 
-Both sides run in this process, taking turns on the same batch; CPU seconds, best of the repeats (seconds on a GPU). The
-decoder is a Qwen2 with random weights, on which the cost does not depend. Gate: at most 3 %, and no call of lm_head.
+Plain is the decoder body on the same batch, with nothing collected. The usual way is shown beside it: the whole
+causal LM with `output_hidden_states=True`, all positions of all layers and all logits. The decoder has random weights,
+on which the cost does not depend. Counted: calls of lm_head, forward passes, bytes that the hooks keep.
 """
 
-import argparse
+from __future__ import annotations
+
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from speechllm_prune.prune.distance import measure_distances
-
-GATE_PERCENT = 3.0
-
-
-def build(layers: int, width: int, device: str):
-    """A Qwen2 of that shape (a small vocabulary: the output layer is not used)."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=1000,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=2,
-    )
-    return Qwen2ForCausalLM(config).eval().to(device)
-
-
-def seconds(function, device: str) -> float:
-    """CPU seconds of a call, or seconds where a GPU works."""
-    if device == "cpu":
-        started = time.process_time()
-        function()
-        return time.process_time() - started
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+from benchmarks.common import Result, best_of, check, qwen2, script
+from speechllm_prune.prune.distance import (
+    ResidualStream,
+    angular_distance,
+    last_positions,
+    measure_distances,
+)
 
 
 @torch.no_grad()
-def main(argv: list[str]) -> int:
-    """Command line; 1 if the gate is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--width", type=int, default=896)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--positions", type=int, default=160)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    decoder = build(arguments.layers, arguments.width, arguments.device)
-    shape = (arguments.batch, arguments.positions)
-    mask = torch.ones(shape, dtype=torch.long, device=arguments.device)
-    embeds = torch.randn(*shape, arguments.width, device=arguments.device)
-    batch = {"inputs_embeds": embeds, "attention_mask": mask}
-    calls: list[int] = []
-    decoder.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
-    positions = mask.cumsum(1) - 1
-
-    def plain() -> None:
-        decoder.get_decoder()(**batch, position_ids=positions, use_cache=False)
-
-    def measured() -> None:
-        measure_distances(decoder, [batch])
-
-    times: dict[str, list[float]] = {"plain": [], "measured": []}
-    plain(), measured()
-    for _ in range(arguments.repeats):
-        times["plain"].append(seconds(plain, arguments.device))
-        times["measured"].append(seconds(measured, arguments.device))
-    best = {name: min(values) for name, values in times.items()}
-    percent = 100 * (best["measured"] / best["plain"] - 1)
-    shown = f"{arguments.layers} layers, width {arguments.width}, {shape[0]} x {shape[1]} positions"
-    print(f"{shown}: plain {best['plain']:.3f} s, measured {best['measured']:.3f} s")
-    print(
-        f"all distances cost {percent:+.2f} % (gate {GATE_PERCENT:g} %); lm_head called {len(calls)} times"
+def measure(tiny: bool) -> list[Result]:
+    """Overhead, the usual way, bytes kept, calls of lm_head."""
+    layers, width, vocabulary, rows, length = (
+        (3, 32, 50, 2, 10) if tiny else (28, 512, 32000, 4, 128)
     )
-    return int(percent > GATE_PERCENT or bool(calls))
+    decoder = qwen2(layers, width, vocabulary)
+    mask = torch.ones(rows, length, dtype=torch.long)
+    batch = {"inputs_embeds": torch.randn(rows, length, width), "attention_mask": mask}
+    positions = mask.cumsum(1) - 1
+    body_calls: list[int] = []
+    head_calls: list[int] = []
+    handles = [
+        decoder.get_decoder().register_forward_hook(lambda *_: body_calls.append(1)),
+        decoder.get_output_embeddings().register_forward_hook(lambda *_: head_calls.append(1)),
+    ]
+    matrix = measure_distances(decoder, [batch]).matrix
+    calls = len(body_calls), len(head_calls)
+    for handle in handles:
+        handle.remove()
+    with ResidualStream(decoder) as stream:
+        stream.positions = last_positions(mask)
+        decoder.get_decoder()(**batch, use_cache=False)
+        kept = sum(state.untyped_storage().nbytes() for state in stream.states)
+    usual = decoder(**batch, output_hidden_states=True).hidden_states
+    first = angular_distance(usual[0][:, -1].double(), usual[1][:, -1].double()).mean()
+    check(abs(float(matrix[0, 0] - first)) < 1e-6, "d(0, 1) by hand")
+    check(calls[0] == 1, "more than one forward pass for all pairs")
+    sides = {
+        "plain": lambda: decoder.get_decoder()(**batch, position_ids=positions, use_cache=False),
+        "ours": lambda: measure_distances(decoder, [batch]),
+        "usual": lambda: decoder(**batch, output_hidden_states=True, use_cache=False),
+    }
+    seconds = best_of(sides, 1 if tiny else 5)
+    ours = f"{seconds['ours']:.2f}"
+    one_position = (layers + 1) * rows * width * 4
+    return [
+        Result(
+            "C6 all distances over a plain forward, CPU s",
+            100 * (seconds["ours"] / seconds["plain"] - 1),
+            "<= 3 %",
+            ours,
+            f"{seconds['plain']:.2f}",
+            "0 %",
+            sides["ours"],
+        ),
+        Result(
+            "C6 all distances, CPU s: HF output_hidden_states",
+            seconds["usual"] / seconds["ours"],
+            "",
+            ours,
+            f"{seconds['usual']:.2f}",
+        ),
+        Result(
+            "C6 bytes kept: one position of every layer",
+            kept / one_position,
+            "<= 2x",
+            f"{kept:,}",
+            f"{one_position:,}",
+            "1x",
+        ),
+        Result("C6 calls of lm_head", calls[1], "<= 0", str(calls[1]), "1", "0"),
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    return script(__doc__ or "", measure, argv)
 
 
 if __name__ == "__main__":
