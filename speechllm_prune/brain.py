@@ -12,86 +12,32 @@ from typing import Any
 
 import speechbrain as sb
 import torch
-from speechbrain.utils.distributed import ddp_all_reduce, is_distributed_initialized
+from speechbrain.utils.distributed import ddp_all_reduce
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from speechllm_prune.checkpoint import AtomicCheckpointer, StateDicts, TrainableState
+from speechllm_prune.checkpoint import AtomicCheckpointer
 from speechllm_prune.data.batching import Batch, EndlessBatchSampler
 from speechllm_prune.inference import Hypothesis, decode_batch
 from speechllm_prune.models.speechllm import LossSums, SpeechLLM
 from speechllm_prune.prune.distill import TeacherRows
-from speechllm_prune.runtime import Stopped, stop_requested
+from speechllm_prune.ranks import InStep, agreed_maximum, gather, memory_fault, world_size
+from speechllm_prune.recoverables import Counters, RandomStates, StateDicts, TrainableState
+from speechllm_prune.runtime import (
+    Fault,
+    Stopped,
+    random_state,
+    set_random_state,
+    spoken,
+    stop_requested,
+    warn,
+)
+from speechllm_prune.schedule import LinearWarmdown as LinearWarmdown  # its name in a YAML
 from speechllm_prune.tasks import TASKS, score
 
-
-class LinearWarmdown(LambdaLR):
-    """Linear warm-up, a plateau, then a linear fall: `warmdown_share` = 1 falls over all steps, as in the paper.
-
-    Arguments
-    ---------
-    optimizer : Optimizer
-        Its learning rates are the peaks.
-    num_steps : int
-        Optimiser steps of the whole run.
-    warmup_steps : int
-        Steps of linear rise.
-    final_lr_share : float
-        Share of the peak at the end.
-    warmdown_share : float
-        Share of the run over which the rate falls.
-
-    Example
-    -------
-    >>> optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    >>> scheduler = LinearWarmdown(optimizer, num_steps=4)
-    >>> [scheduler.share(step) for step in range(5)]
-    [1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        num_steps: int,
-        warmup_steps: int = 0,
-        final_lr_share: float = 0.0,
-        warmdown_share: float = 1.0,
-    ) -> None:
-        self.num_steps, self.warmup_steps = num_steps, warmup_steps
-        self.final_lr_share, self.warmdown_share = final_lr_share, warmdown_share
-        super().__init__(optimizer, self.share)
-
-    def share(self, step: int) -> float:
-        """Share of the peak for the update after `step` updates."""
-        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        fall_steps = max(1.0, self.warmdown_share * self.num_steps)
-        left = min(1.0, max(0.0, (self.num_steps - step) / fall_steps))
-        return min(warmup, self.final_lr_share + (1 - self.final_lr_share) * left)
-
-
-class Counters:
-    """What the run has seen, over all ranks: labels, utterances, seconds of audio; and the last step it validated.
-
-    Sums stay on the device; reading them waits for it.
-    """
-
-    NAMES = ("labels", "utterances", "seconds")
-
-    def __init__(self, device: str) -> None:
-        self.sums = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
-        self.validated_step = 0
-
-    def state_dict(self) -> dict[str, float]:
-        """For the checkpoint."""
-        seen = dict(zip(self.NAMES, self.sums.tolist(), strict=True))
-        return seen | {"validated_step": self.validated_step}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """From the checkpoint."""
-        self.validated_step = int(state["validated_step"])
-        self.sums.copy_(torch.tensor([state[name] for name in self.NAMES], dtype=torch.float64))
+TIMED_STEPS = 20
+"""Steps after which a run without a progress bar says how long it will take."""
 
 
 class SpeechLLMBrain(sb.Brain):
@@ -141,7 +87,11 @@ class SpeechLLMBrain(sb.Brain):
         self.teacher = teacher
         self.task = TASKS[hparams["task"]]
         self.counters = Counters(self.device)
-        self.world_size = torch.distributed.get_world_size() if is_distributed_initialized() else 1
+        self.world_size = world_size()
+        self.random_states = RandomStates()
+        self.state_before_validation: dict[str, Any] | None = None
+        self.spoilt = False  # whether the optimiser step under way must be skipped
+        self.skipped_in_a_row = 0
         self.batches: Iterator[Batch] | None = None
         self.step = 0  # micro-batch within the optimiser step
         self.totals = self._no_sums()  # since the last validation, on this rank
@@ -166,6 +116,7 @@ class SpeechLLMBrain(sb.Brain):
                 scheduler=self.scheduler,
                 sampler=self.sampler,
                 counters=self.counters,
+                random=self.random_states,
             ),
         )
 
@@ -190,9 +141,28 @@ class SpeechLLMBrain(sb.Brain):
     def fit_batch(self, batch: Batch) -> Tensor:
         """One micro-batch; an optimiser step after every `grad_accumulation_factor` of them."""
         should_step = self.step % self.grad_accumulation_factor == 0
+        loss = torch.full((), torch.nan)
+        if not self.spoilt:  # else the rest of the step is passed over
+            try:
+                loss = self._add_gradients(batch, should_step)
+            except torch.OutOfMemoryError as error:
+                keys = "batch_size or batch_positions (and raise grad_accumulation_factor)"
+                raise memory_fault(error, self.model, batch, keys) from None
+        self.sampler.advance()
+        if should_step:
+            self.optimizers_step()
+        return loss
+
+    def _add_gradients(self, batch: Batch, should_step: bool) -> Tensor:
         with self.no_sync(not should_step):
             with self.training_ctx:
                 sums = self.compute_forward(batch, sb.Stage.TRAIN)
+            # Before the gradients of all ranks are summed: after that, no weight could be saved.
+            finite = bool(torch.isfinite(sums.loss))
+            if agreed_maximum(not finite)[0]:
+                ids = gather([] if finite else batch.ids)
+                self._spoil(f"the loss of a batch is not finite ({', '.join(ids)})")
+                return sums.loss.detach()
             # DDP averages gradients over ranks; the step divides by the labels of all ranks, so undo the mean.
             (sums.loss * self.world_size).backward()
         counts = torch.tensor([0.0, len(batch), sum(batch.durations)], dtype=torch.float64)
@@ -201,34 +171,70 @@ class SpeechLLMBrain(sb.Brain):
         self.totals = LossSums(
             *(total + part.detach() for total, part in zip(self.totals, sums, strict=True))
         )
-        self.sampler.advance()
-        if should_step:
-            self.optimizers_step()
         return sums.loss.detach() / sums.num_labels
 
+    def _spoil(self, reason: str) -> None:
+        """Give up the optimiser step under way, on all ranks alike."""
+        self.spoilt = True
+        if self.random_states.rank == 0:
+            warn(f"step {self.optimizer_step + 1} is skipped: {reason}")
+
     def optimizers_step(self) -> None:
-        """Divide by the global label count, clip over all parameters, update, move the schedule."""
+        """Divide by the global label count, clip over all parameters, update, move the schedule.
+
+        A step whose loss or gradient is not finite changes no weight, but counts: batches and learning rate stay
+        functions of the step.
+        """
         counts = self.step_counts
         if self.world_size > 1:
             counts = ddp_all_reduce(counts, torch.distributed.ReduceOp.SUM)
-        self.counters.sums += counts
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad /= counts[0].to(parameter.grad.dtype)
-        torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        self.optimizer.step()
+        if not self.spoilt:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= counts[0].to(parameter.grad.dtype)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            if not bool(torch.isfinite(norm)):
+                self._spoil("the gradient is not finite")
+        if not self.spoilt:
+            self.counters.sums += counts
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.step_counts.zero_()
         self.optimizer_step += 1
+        self._count_skipped()
+
+    def _count_skipped(self) -> None:
+        """Stop a run that no longer learns."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.spoilt else 0
+        self.counters.skipped_steps += self.spoilt
+        self.spoilt = False
+        if self.skipped_in_a_row >= self.hparams.nonfinite_patience:
+            raise Fault(
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last is step {self.optimizer_step} (see the "
+                "warnings). The weights are finite and so is the last checkpoint: lower lr, or look at the utterances "
+                "named, and run the same command again"
+            )
 
     def epochs(self) -> Iterator[int]:
         """Nominal epochs left: an epoch is `valid_interval` optimiser steps, the last one perhaps shorter."""
+        self.began_at, self.began = self.optimizer_step, time.monotonic()
         while self.optimizer_step < self.num_steps or self._validation_is_due():
             # A run that was stopped after the last step of an epoch validates first.
             begun = self.optimizer_step - self._validation_is_due()
             yield begun // self.valid_interval + 1
+
+    def timing(self) -> dict[str, Any] | None:
+        """How long a step of this process took, validation included; None if all steps were done before it began."""
+        steps, seconds = self.optimizer_step - self.began_at, time.monotonic() - self.began
+        if not steps:
+            return None
+        return {
+            "seconds_per_step": seconds / steps,
+            "num_processes": self.world_size,
+            "device": str(self.device),
+        }
 
     def _validation_is_due(self) -> bool:
         step = self.optimizer_step
@@ -258,17 +264,29 @@ class SpeechLLMBrain(sb.Brain):
                     self.step = step
                     self.fit_batch(next(self.batches).to(self.device))
                 bar.update()
+                if not enable:  # else the bar says it
+                    self._say_time_left()
                 if self.optimizer_step % 10 == 0:  # reading the loss waits for the device
                     bar.set_postfix(self.train_stats(), lr=self.scheduler.get_last_lr()[0])
-                stop, minutes = self._agreed_maximum(
+                stop, minutes = agreed_maximum(
                     stop_requested() is not None, (time.monotonic() - saved) / 60
                 )
                 if stop or 0 < self.ckpt_interval_minutes < minutes:
                     self._checkpoint(validated=False)
                     saved = time.monotonic()
                 if stop:
-                    raise Stopped(stop_requested() or "a signal on another rank")
+                    self._raise_stopped(stop_requested() or "a signal on another rank")
         self.step = 0
+
+    def _say_time_left(self) -> None:
+        """After this process's first steps: what they took, and what that means for the others."""
+        steps, left = self.optimizer_step - self.began_at, self.num_steps - self.optimizer_step
+        if steps == TIMED_STEPS and left and self.random_states.rank == 0:
+            seconds = (time.monotonic() - self.began) / steps
+            print(
+                f"time:     {seconds:.2g} s a step over the first {steps}, about {spoken(left * seconds)} left",
+                flush=True,
+            )
 
     def _no_sums(self) -> LossSums:
         return LossSums(*(torch.zeros((), device=self.device) for _ in range(3)))
@@ -281,14 +299,13 @@ class SpeechLLMBrain(sb.Brain):
             "token_accuracy": 100 * float(self.totals.num_correct) / labels,
         }
 
-    def _agreed_maximum(self, *values: float) -> list[float]:
-        """The largest of each value over all ranks, so that all of them decide alike."""
-        if self.world_size == 1:
-            return list(values)
-        shared = torch.tensor([float(value) for value in values], device=self.device)
-        return ddp_all_reduce(shared, torch.distributed.ReduceOp.MAX).tolist()
+    def _raise_stopped(self, reason: str) -> None:
+        raise Stopped(reason, optimizer_step=self.optimizer_step)
 
     def _checkpoint(self, validated: bool) -> None:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        assert not any(g is not None for g in gradients), "half an optimiser step would be lost"
+        self.random_states.collect(self.state_before_validation or random_state())
         key = f"valid_{self.task.metric}"
         meta = {"optimizer_step": self.optimizer_step} | (
             {key: self.valid_value} if validated else {}
@@ -300,23 +317,37 @@ class SpeechLLMBrain(sb.Brain):
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Empty the collected hypotheses."""
+        self.state_before_validation = random_state()
         self.hypotheses: list[Hypothesis] = []
         self.valid_sums = torch.zeros(2, device=self.device)
 
+    def _fit_valid(self, valid_set: Any, epoch: int, enable: bool) -> None:
+        try:
+            super()._fit_valid(InStep(valid_set), epoch, enable)
+        except Stopped as reason:
+            self.step = 0
+            self._checkpoint(validated=False)
+            self._raise_stopped(str(reason))
+
     def evaluate_batch(self, batch: Batch, stage: sb.Stage) -> Tensor:
         """Teacher-forced loss and greedy transcripts of one validation batch."""
-        if stop_requested() and self.world_size == 1:
-            self._checkpoint(validated=False)
-            raise Stopped(stop_requested())
         batch = batch.to(self.device)
-        with torch.no_grad():
-            sums = self.model(batch)
-            self.hypotheses += decode_batch(self.model, batch)
+        try:
+            with torch.no_grad():
+                sums = self.model(batch)
+                self.hypotheses += decode_batch(self.model, batch)
+        except torch.OutOfMemoryError as error:
+            keys = "eval_batch_size or eval_batch_positions"
+            raise memory_fault(error, self.model, batch, keys) from None
         self.valid_sums += torch.stack([sums.loss.float(), sums.num_labels.float()])
         return (sums.loss / sums.num_labels).cpu()
 
     def on_stage_end(self, stage: sb.Stage, stage_loss: Any, epoch: int | None = None) -> None:
         """After validation: score, log a line, save a checkpoint."""
+        # Encoders draw random numbers in eval mode, too; how a run goes on must not depend on what was validated.
+        assert self.state_before_validation is not None
+        set_random_state(self.state_before_validation)
+        self.state_before_validation = None
         hypotheses = gather(self.hypotheses)
         if self.world_size > 1:
             self.valid_sums = ddp_all_reduce(self.valid_sums, torch.distributed.ReduceOp.SUM)
@@ -340,7 +371,8 @@ class SpeechLLMBrain(sb.Brain):
                 "epochs": round(self.sampler.pass_number + pass_share, 3),
                 "utterances": round(seen["utterances"]),
                 "audio_hours": round(seen["seconds"] / 3600, 3),
-            },
+            }
+            | ({"skipped_steps": seen["skipped_steps"]} if seen["skipped_steps"] else {}),
             train_stats=self.train_stats() if self.totals.num_labels else None,
             valid_stats={
                 "loss": float(self.valid_sums[0] / self.valid_sums[1]),
@@ -349,12 +381,3 @@ class SpeechLLMBrain(sb.Brain):
         )
         self.counters.validated_step = self.optimizer_step
         self._checkpoint(validated=True)
-
-
-def gather(items: list[Any]) -> list[Any]:
-    """Concatenate the lists of all ranks."""
-    if not is_distributed_initialized():
-        return list(items)
-    lists: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(lists, items)
-    return [item for part in lists for item in part]

@@ -6,11 +6,9 @@ Our own argparse and not SpeechBrain's, which eats a '=' inside a value and acce
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -20,13 +18,20 @@ from speechllm_prune.experiment import Experiment, read_json
 from speechllm_prune.hparams import (
     config_hash,
     differences,
+    fill_placeholders,
     identity,
     is_training_key,
     load_resolved,
+    plain_values,
     resolve_hparams,
+    revision_notes,
     stage_identity,
 )
+from speechllm_prune.keys import check_together
+from speechllm_prune.objects import find_callable
+from speechllm_prune.redaction import holds_secret
 from speechllm_prune.runtime import UserError
+from speechllm_prune.usage import all_keys, own_keys
 
 RUN_OPTIONS: dict[str, type] = {
     "debug_batches": int,
@@ -105,13 +110,13 @@ def parse_arguments(
         description=summary,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Every key of the YAML can be given as --key value; hparams/base/speechllm.yaml explains them all.",
+        epilog=f"{own_keys(verb)}\n\n{all_keys(verb)}",
     )
     parser.add_argument("leaf", metavar="LEAF", help="experiment YAML, such as hparams/demo.yaml")
     switches = {
         "overwrite": "make the stage again, deleting what it holds",
-        "check": "validate the YAML and the command line, then stop",
-        "dry_run": "say what would be done, then stop",
+        "check": "validate the YAML and the command line, look at the data folder, then stop",
+        "dry_run": "say what would be done and with which data, then stop",
         "print_hparams": "print the resolved YAML, then stop",
         "debug": "a few steps only, in a folder of its own (<seed>-debug)",
         **(flags or {}),
@@ -124,6 +129,11 @@ def parse_arguments(
     if any(item in ("-h", "--help") for item in argv):
         parser.print_help()
         raise SystemExit(0)
+    if any(map(holds_secret, argv)):
+        raise UserError(
+            "command line: an argument looks like an access token; command lines are seen and kept by others, so it "
+            "belongs into the environment (HF_TOKEN) or into `hf auth login`"
+        )
     known, rest = _split(argv, set(switches) | {"allow_module"})
     try:
         namespace = parser.parse_args(known)
@@ -158,6 +168,15 @@ def _split(argv: list[str], known: set[str]) -> tuple[list[str], dict[str, Any]]
     return ours, pairs
 
 
+class _Number(float):
+    """A number of the command line that remembers how it was written, in case its key takes text (`--tag 1.50`)."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
 def _value(name: str, text: str) -> Any:
     """A command-line value as YAML reads it, without any tag; what is no YAML is text.
 
@@ -174,7 +193,11 @@ def _value(name: str, text: str) -> Any:
         list: text.lstrip().startswith("["),
         type(None): text in ("null", "~"),
     }
-    return value if isinstance(value, float) or same.get(type(value), type(value) is bool) else text
+    if isinstance(value, float):
+        number = _Number(value)
+        number.written = text
+        return number
+    return value if same.get(type(value), type(value) is bool) else text
 
 
 def open_run(
@@ -182,36 +205,58 @@ def open_run(
 ) -> Run | None:
     """Read a command into a `Run`; None if it only asked for `--check` or `--print_hparams`.
 
+    Everything is checked before an object is built or a model is loaded. `--check` builds none at all.
     Training is defined by leaf and command line. Every later verb lays the training stage's archive over the leaf; a
     command-line value that contradicts the archive is refused.
     """
     options, pairs = parse_arguments(verb, summary, argv, flags)
-    run_options = _take_run_options(pairs, Path(options.leaf))
+    run_options = _take_run_options(pairs)
     if options.debug:
         run_options["debug"] = True
     text = resolve_hparams(options.leaf, pairs, options.allow_module)
-    where = _locate(text, options.leaf, options.debug)
+    values = plain_values(text)
+    where = Experiment(
+        values["results_folder"], values["experiment_name"], values["seed"], options.debug
+    )
     archive = where.archive()
     if archive.is_file() and where.holds_training():
         leaf_text = resolve_hparams(options.leaf, None, options.allow_module)
-        archived = identity(archive.read_text(encoding="utf-8"))
+        archived = identity(archive.read_text(encoding="utf-8"), str(archive))
         _compare(
             verb, where, identity(text), archived, pairs, identity(leaf_text), options.overwrite
         )
         if verb != "train":
             text = resolve_hparams(options.leaf, pairs, options.allow_module, archive=archive)
+            values = plain_values(text)
     if options.print_hparams:
         print(text, end="")
         return None
     # Only training prepares a corpus; later verbs find the audio through the manifests.
-    hparams = load_resolved(text, options.leaf, () if verb == "train" else ("data_folder",))
+    unused = () if verb == "train" else ("data_folder",)
+    fill_placeholders(text, options.leaf, unused)
+    check_together(values, options.leaf)
+    if verb == "train":
+        for note in revision_notes(values):
+            print(f"warning: {note}", file=sys.stderr)
+    if options.check or options.dry_run:
+        _look_around(verb, values, options)
     if options.check:
-        print(f"{options.leaf}: ok ({len(hparams)} keys)")
+        print(f"{options.leaf}: ok ({len(values)} keys)")
         return None
+    hparams = load_resolved(text, options.leaf, unused)
     return Run(options.leaf, hparams, text, identity(text), where, options, run_options)
 
 
-def _take_run_options(pairs: dict[str, Any], leaf: Path) -> dict[str, Any]:
+def _look_around(verb: str, values: dict[str, Any], options: argparse.Namespace) -> None:
+    """Say what is there to work with: data and pinned models. What is still missing is a note, no error."""
+    find_callable(values["prepare"], options.allow_module)
+    from speechllm_prune.data.overview import data_notes
+
+    for note in data_notes(values, preparing=verb == "train" and not values["skip_prep"]):
+        print(f"note: {note}")
+
+
+def _take_run_options(pairs: dict[str, Any]) -> dict[str, Any]:
     taken = {}
     for name, kind in RUN_OPTIONS.items():
         if name in pairs:
@@ -220,18 +265,6 @@ def _take_run_options(pairs: dict[str, Any], leaf: Path) -> dict[str, Any]:
                 raise UserError(f"command line: --{name} takes {kind.__name__}, given {value!r}")
             taken[name] = value
     return taken
-
-
-def _locate(text: str, leaf: str, debug: bool) -> Experiment:
-    values = YAML().load(text)
-    name = str(values["experiment_name"])
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(
-            f"{leaf}: experiment_name {name!r} becomes a folder's name: use letters, digits, '_', '.', '+' and '-'"
-        )
-    return Experiment(
-        str(values["results_folder"]), str(values["experiment_name"]), int(values["seed"]), debug
-    )
 
 
 def _compare(
@@ -261,7 +294,9 @@ def _compare(
     origin = experiment.stage("train") / "leaf.json"
     if origin.is_file():
         before = read_json(origin)["values"]
-        changed = differences(leaf, before, (key for key in leaf if is_training_key(key)))
+        # A leaf that says what the archive says (the archive itself, say) is no surprise.
+        unlike = [key for key in leaf if leaf[key] != archived.get(key)]
+        changed = differences(leaf, before, [key for key in unlike if is_training_key(key)])
         if changed:
             print(
                 f"warning: the leaf has changed since training ({'; '.join(changed)}); the archive is used",

@@ -6,10 +6,13 @@ last. Whoever reads a folder without DONE.json is told which command makes it. N
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from speechllm_prune import __version__ as PACKAGE_VERSION
+from speechllm_prune.lock import LOCK_FILE
 from speechllm_prune.runtime import UserError
 
 SCHEMA = 1
@@ -107,10 +111,20 @@ def git_commit() -> str:
         return "unknown"
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what the results depend on, by name."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "speechbrain", "jiwer", "sacrebleu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def provenance(
     config_hash: str, inputs: Iterable[Path] = (), root: Path | None = None
 ) -> dict[str, Any]:
-    """The fields that every JSON artefact carries: schema, version, commit, config hash, hashes of its inputs.
+    """The fields that every JSON artefact carries: schema, versions, commit, config hash, hashes of its inputs.
 
     Arguments
     ---------
@@ -124,6 +138,7 @@ def provenance(
     return {
         "schema": SCHEMA,
         "package_version": PACKAGE_VERSION,
+        "versions": versions(),
         "git_commit": git_commit(),
         "config_hash": config_hash,
         "inputs": {os.path.relpath(path, root or Path.cwd()): sha256_file(path) for path in inputs},
@@ -201,8 +216,8 @@ class Experiment:
             If DONE.json belongs to another configuration.
         """
         folder = self.stage(stage)
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
+        if overwrite:
+            self._empty(folder)
         if self.is_done(stage):
             done = read_json(folder / "DONE.json")
             if done.get("config_hash") != config_hash:
@@ -216,6 +231,15 @@ class Experiment:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "STOPPED.json").unlink(missing_ok=True)
         return True
+
+    @staticmethod
+    def _empty(folder: Path) -> None:
+        """Delete all that a stage holds but the lock of the run that makes it again."""
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
 
     def check_inputs(self, file: Path, record: dict[str, Any]) -> None:
         """Refuse a finished result whose inputs have changed since (a retrained model, another manifest).
@@ -252,6 +276,10 @@ class Experiment:
         self.stage(stage).mkdir(parents=True, exist_ok=True)
         record = provenance(config_hash) | {"stage": stage, "signal": signal_name, **facts}
         write_json(self.stage(stage) / "STOPPED.json", record)
+
+
+HEAL_MODES = ("none", "decoder", "projector", "joint")
+"""What a variant may be healed by, in the order of tables."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +352,7 @@ class Variant:
         if tagged:
             return cls(tag=tagged[1] or "")
         match = re.fullmatch(
-            r"(control-)?l(\d{2,})n(\d{2,})-(none|decoder|projector|joint)(?:\+([\w.-]+))?", name
+            rf"(control-)?l(\d{{2,}})n(\d{{2,}})-({'|'.join(HEAL_MODES)})(?:\+([\w.-]+))?", name
         )
         if not match:
             raise UserError(

@@ -2,31 +2,37 @@
 
 The overlay is made on the text, node by node, because HyperPyYAML's own override would keep the class of a `!name:`
 node whose class is to be replaced. The result is one flat file that stock `load_hyperpyyaml` loads without this module.
+What a key may hold is in `keys.py`, what an object may be in `objects.py`.
 """
 
 from __future__ import annotations
 
-import difflib
-import io
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, TaggedScalar
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
-from speechllm_prune.experiment import Variant, sha256_file, sha256_json
+from speechllm_prune.experiment import sha256_file, sha256_json
+from speechllm_prune.keys import COMMAND_LINE, EXTENSION_POINTS, check_known, checked
+from speechllm_prune.objects import ALLOWED_MODULES, check_kind, check_objects
 from speechllm_prune.runtime import UserError
+from speechllm_prune.tasks import TASKS
+from speechllm_prune.yaml_text import dump, line_of, nodes_of, parse, plain, read_tree, tag_of
+
+SHIPPED_BASE = Path(__file__).resolve().parents[1] / "hparams" / "base" / "speechllm.yaml"
 
 MACHINE_KEYS = frozenset(
-    "data_folder results_folder manifest_folder device num_workers prepare skip_prep ckpt_interval_minutes".split()
+    "data_folder results_folder manifest_folder device num_workers prepare skip_prep ckpt_interval_minutes "
+    "nonfinite_patience ddp_timeout_minutes loss_chunk_rows gradient_checkpointing compile_layers decode_graphs".split()
 )
 """Keys that say where and how fast, not what."""
 
 SELECTION_KEYS = frozenset(
     "eval_manifests variant shuffle_audio block_size start_layer path heal_mode control tag block_sizes heal_modes "
-    "shard measure_input tolerance results_note into task_name".split()
+    "plan shard measure_input tolerance results_note into task_name".split()
 )
 """Keys that choose among results which have folders of their own, or how results are shown."""
 
@@ -39,47 +45,11 @@ STAGE_KEYS: dict[str, frozenset[str]] = {
         "heal_steps heal_lora_rank heal_lora_alpha heal_lora_dropout heal_lora_layers heal_kl_beta heal_kl_top "
         "compensate compensate_ridge compensate_utterances".split()
     ),
-    "evaluate": frozenset("eval_batch_size max_tokens_per_second target_language".split()),
+    "evaluate": frozenset(
+        "eval_batch_size eval_batch_positions max_tokens_per_second target_language".split()
+    ),
 }
 """Keys that decide the results of one stage after training. Keys in none of these sets are the training's identity."""
-
-EXTENSION_POINTS = frozenset(
-    "opt_class lr_scheduler projector_class activation train_logger".split()
-)
-"""Object nodes that a leaf may replace."""
-
-ALLOWED_MODULES = (
-    "speechllm_prune",
-    "recipes",
-    "speechbrain",
-    "torch",
-    "torchaudio",
-    "transformers",
-    "peft",
-)
-"""Packages that a YAML may take objects from."""
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("asr", "ast"),
-    "text_case": ("lower", "upper", "keep"),
-    "encoder_output_norm": ("none", "layer"),
-    "attention": ("sdpa", "eager"),
-    "precision": ("auto", "fp32", "bf16"),
-    "measure_input": ("speech", "text"),
-    "last_token": ("sequence", "prompt"),
-    "heal_mode": ("none", "decoder", "projector", "joint"),
-    "heal_lora_layers": ("receiver", "all"),
-}
-COMMAND_LINE = "command line"
-POSITIVE = frozenset(
-    "frame_stack projector_dim num_steps batch_size pool_batches grad_accumulation_factor valid_interval heal_steps "
-    "heal_lora_rank eval_batch_size measure_batch_size rerank_utterances heal_kl_top compensate_utterances lr "
-    "max_grad_norm max_tokens_per_second".split()
-)
-NOT_NEGATIVE = frozenset(
-    "warmup_steps batch_positions valid_utterances decoder_lora_rank min_seconds max_seconds max_target_tokens "
-    "num_workers block_size rerank heal_kl_beta compensate_ridge max_bad_share tolerance".split()
-)
 
 
 def load_hparams(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -113,24 +83,47 @@ def load_resolved(
 
     from hyperpyyaml import load_hyperpyyaml
 
-    tree = _parse(text, source)
-    missing = [key for key, node in tree.items() if _tag(node) == "!PLACEHOLDER"]
-    idle = [key for key in missing if key in unused]
-    if idle:
-        text = with_values(text, dict.fromkeys(idle, ""))
-        missing = [key for key in missing if key not in idle]
-    if missing:
-        raise UserError(
-            f"{source}: give {' and '.join(f'--{key} VALUE' for key in missing)} (no default is possible)"
-        )
+    text = fill_placeholders(text, source, unused)
     # SpeechBrain's loggers warn while they are imported that torchvision is missing; only its image logger needs it.
     logging.disable(logging.WARNING)
     try:
         return load_hyperpyyaml(text)
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError, YAMLError) as error:
         raise UserError(f"{source}: {str(error).strip()}") from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def fill_placeholders(text: str, source: str, unused: Iterable[str] = ()) -> str:
+    """The text with '' for the placeholders of `unused` keys.
+
+    Raises
+    ------
+    UserError
+        If another one is left, saying where it is and how to set it.
+    """
+    tree = parse(text, source)
+    missing = [key for key, node in tree.items() if tag_of(node) == "!PLACEHOLDER"]
+    left = [key for key in missing if key not in unused]
+    if left:
+        places = ", ".join(f"'{key}' ({_place(source, key)})" for key in left)
+        raise UserError(
+            f"{source}: give {' and '.join(f'--{key} VALUE' for key in left)}, or a line `{left[0]}: VALUE` in the "
+            f"YAML: {places} has no default"
+        )
+    return with_values(text, dict.fromkeys(missing, "")) if missing else text
+
+
+def _place(source: str, key: str) -> str:
+    """File and line where a key is set: in the leaf, else in its base."""
+    path = Path(source)
+    if not path.is_file():
+        return source
+    tree = read_tree(path)
+    if key not in tree and "base" in tree:
+        path = path.parent / str(tree["base"])
+        tree = read_tree(path)
+    return line_of(tree, key, path) if key in tree else source
 
 
 def resolve_hparams(
@@ -141,6 +134,8 @@ def resolve_hparams(
 ) -> str:
     """The flat YAML text of an experiment: base, leaf, archive and overrides in one, references kept.
 
+    Everything in it has been checked; no object is built.
+
     Arguments
     ---------
     path, overrides
@@ -150,46 +145,154 @@ def resolve_hparams(
     archive : Path, optional
         The training stage's `hyperparams.yaml`, which wins over the leaf in everything but the machine's keys.
     """
-    path = Path(path)
-    leaf = _read(path)
-    tree = leaf
-    if "base" in leaf:
-        base_path = path.parent / str(leaf.pop("base"))
-        tree = _read(base_path)
-        if "base" in tree:
-            raise UserError(f"{base_path}: a base may not have a base of its own")
-        for key, value in leaf.items():
-            where = f"{path}, line {leaf.lc.key(key)[0] + 1}"
-            _check_known(key, tree, where)
-            tree[key] = _checked(key, value, tree[key], where)
-    for key, value in (_read(archive) if archive else {}).items():
-        if key in tree and (key not in MACHINE_KEYS or _tag(tree[key]) == "!PLACEHOLDER"):
-            tree[key] = value
+    path, modules = Path(path), (*ALLOWED_MODULES, *allowed_modules)
+    leaf = read_tree(path)
+    root = _base_of(path, leaf)
+    tree = leaf if root == path else read_tree(root)
+    if root != path and "base" in tree:
+        raise UserError(f"{line_of(tree, 'base', root)}: a base may not have a base of its own")
+    defaults, places = _check_root(root, tree)
+    if root != path:
+        del leaf["base"]
+        _overlay(leaf, path, tree, defaults, places)
+        task = (overrides or {}).get("task", tree["task"])
+        if "tolerance" not in leaf and task in TASKS:
+            tree["tolerance"] = TASKS[task].tolerance
+    if archive:
+        old = read_tree(archive)
+        kept = {
+            key
+            for key in old
+            if key in tree and (key not in MACHINE_KEYS or tag_of(tree[key]) == "!PLACEHOLDER")
+        }
+        for key in [key for key in old if key not in kept]:
+            del old[key]
+        _overlay(old, archive, tree, defaults, places)
     for key, value in (overrides or {}).items():
-        _check_known(key, tree, COMMAND_LINE)
-        tree[key] = _checked(key, value, tree[key], COMMAND_LINE)
-    modules = (*ALLOWED_MODULES, *allowed_modules)
+        check_known(key, tree, COMMAND_LINE)
+        tree[key] = checked(key, value, defaults[key], COMMAND_LINE)
+        places[key] = COMMAND_LINE
+    _check_references(tree, defaults, places)
+    # What is as in the shipped base needs no import to be believed.
+    trusted = defaults if SHIPPED_BASE.is_file() else {}
     for key, node in tree.items():
-        _check_objects(key, node, modules, path)
-    return _dump(tree)
+        if key not in trusted or plain(node) != plain(trusted[key]):
+            check_objects(key, node, modules, places[key])
+            if key in EXTENSION_POINTS:
+                check_kind(key, node, modules, places[key])
+    return dump(tree)
+
+
+def _base_of(path: Path, leaf: CommentedMap) -> Path:
+    """The base that a leaf names; the file itself if it has no `base`."""
+    if "base" not in leaf:
+        return path
+    name, where = leaf["base"], line_of(leaf, "base", path)
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(
+            f"{where}: 'base' takes a file, such as base/speechllm.yaml, given {plain(name)!r}"
+        )
+    base = path.parent / name
+    if not base.is_file():
+        raise UserError(f"{where}: base: {base} does not exist")
+    return base
+
+
+def _check_root(root: Path, tree: CommentedMap) -> tuple[dict[str, Any], dict[str, str]]:
+    """Hold a file without a base to the shipped base; returns what its defaults are, and where its keys stand."""
+    places = {key: line_of(tree, key, root) for key in tree}
+    if not SHIPPED_BASE.is_file() or root.resolve() == SHIPPED_BASE:
+        return dict(tree), places
+    shipped = read_tree(SHIPPED_BASE)
+    missing = [key for key in shipped if key not in tree]
+    known = [key for key in tree if key in shipped]
+    if missing and len(missing) > len(known):
+        raise UserError(
+            f"{root}, line 1: has no `base: base/speechllm.yaml` and lacks {len(missing)} keys, such as '{missing[0]}'"
+        )
+    for key in tree:
+        check_known(key, shipped, places[key])
+        tree[key] = checked(key, tree[key], shipped[key], places[key])
+    if missing:
+        raise UserError(
+            f"{places[known[-1]]}: lacks {', '.join(missing)}, which {SHIPPED_BASE.name} has; copy the line from there"
+        )
+    return dict(shipped), places
+
+
+def _overlay(
+    upper: CommentedMap,
+    path: Path,
+    tree: CommentedMap,
+    defaults: Mapping[str, Any],
+    places: dict[str, str],
+) -> None:
+    """Lay one tree over another, each value checked against the base's."""
+    for key, value in upper.items():
+        where = line_of(upper, key, path)
+        check_known(key, tree, where)
+        tree[key] = checked(key, value, defaults[key], where)
+        places[key] = where
+
+
+def _check_references(
+    tree: CommentedMap, defaults: Mapping[str, Any], places: Mapping[str, str]
+) -> None:
+    """Every `!ref` names a key, none refers to itself, and what it stands for is of the right type."""
+    for key, node in tree.items():
+        for part in nodes_of(node):
+            if tag_of(part) in ("!ref", "!copy"):
+                names = re.findall(r"<([^>]*)>", str(part.value))
+                if not names:
+                    raise UserError(
+                        f"{places[key]}: '{key}': a reference is written !ref <key>, given !ref {part.value}"
+                    )
+                for name in names:
+                    where = f"{places[key]}: '{key}': the reference <{name}>"
+                    check_known(re.split(r"[\[.]", name)[0], tree, where)
+    given = [
+        key
+        for key, node in tree.items()
+        if tag_of(node) == "!ref" and plain(node) != plain(defaults[key])
+    ]
+    if not given:
+        return
+    try:
+        values = plain_values(dump(tree))
+    except (ValueError, KeyError, TypeError, RecursionError, YAMLError) as error:
+        raise UserError(
+            f"{places[given[0]]}: '{given[0]}': the reference cannot be resolved: {error}"
+        ) from None
+    for key in given:
+        if str(values[key]).startswith("!ref "):
+            raise UserError(f"{places[key]}: '{key}': the reference leads back to itself")
+        checked(key, values[key], defaults[key], places[key])
 
 
 def with_values(text: str, values: Mapping[str, Any]) -> str:
     """The flat YAML text with plain values in the place of some of its own."""
-    tree = _parse(text, "the YAML")
+    tree = parse(text, "the YAML")
     tree.update(values)
-    return _dump(tree)
+    return dump(tree)
 
 
-def identity(text: str) -> dict[str, Any]:
+def plain_values(text: str) -> dict[str, Any]:
+    """The values that a flat YAML text stands for, references resolved, objects as in `identity`: nothing is built."""
+    from hyperpyyaml import resolve_references
+
+    tree = parse(text, "the YAML")
+    for key in [key for key, node in tree.items() if tag_of(node) == "!PLACEHOLDER"]:
+        tree[key] = ""
+    return plain(parse(resolve_references(dump(tree)).getvalue(), "the YAML"))
+
+
+def identity(text: str, source: str = "the YAML") -> dict[str, Any]:
     """What an experiment is, as a flat JSON mapping: every key that is not the machine's.
 
     Objects appear as their tag and arguments, so that another optimiser class is another identity.
     """
     return {
-        key: _plain(node)
-        for key, node in _parse(text, "the YAML").items()
-        if key not in MACHINE_KEYS
+        key: plain(node) for key, node in parse(text, source).items() if key not in MACHINE_KEYS
     }
 
 
@@ -229,6 +332,41 @@ def differences(new: Mapping[str, Any], old: Mapping[str, Any], keys: Iterable[s
     return lines
 
 
+def is_local_hub(hub: str) -> bool:
+    """Whether a hub is a folder, there or not, and no hub id.
+
+    Example
+    -------
+    >>> is_local_hub("results/stand_ins/demo/encoder"), is_local_hub("Qwen/Qwen2.5-7B")
+    (True, False)
+    """
+    return Path(hub).is_dir() or hub.startswith((".", "/", "~")) or hub.count("/") > 1
+
+
+def hub_commit(hub: str, revision: str | None) -> str | None:
+    """The commit that a hub model in the local cache is of; None for a local folder, or what is not in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(hub, "config.json", revision=revision)
+    except HFValidationError:  # a local folder
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def revision_notes(values: Mapping[str, Any]) -> list[str]:
+    """One line for every hub model that is not pinned to a commit."""
+    notes = []
+    for side in ("encoder", "decoder"):
+        hub, revision = values[f"{side}_hub"], values[f"{side}_revision"]
+        if not is_local_hub(hub) and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+            notes.append(
+                f"{hub} is not pinned: revision {revision or 'main'} may change; --{side}_revision COMMIT pins it"
+            )
+    return notes
+
+
 def hub_fingerprint(hub: str, revision: str | None) -> str:
     """Identity of a pretrained model: hash over the files of a local folder, or `id@revision` of a hub model."""
     folder = Path(hub)
@@ -253,155 +391,3 @@ def _cached_sha256(file: Path) -> str:
     if key not in _SHA256:
         _SHA256[key] = sha256_file(file)
     return _SHA256[key]
-
-
-# ---------------------------------------------------------------- parsing and checking
-
-
-def _yaml() -> YAML:
-    yaml = YAML()  # round trip: keeps tags, comments and order, and constructs no object
-    yaml.width = 4096
-    yaml.preserve_quotes = True
-    return yaml
-
-
-def _dump(tree: CommentedMap) -> str:
-    stream = io.StringIO()
-    _yaml().dump(tree, stream)
-    return stream.getvalue()
-
-
-def _parse(text: str, source: str) -> CommentedMap:
-    try:
-        tree = _yaml().load(text)
-    except YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(tree, CommentedMap):
-        raise UserError(f"{source}: a mapping of keys to values is expected")
-    return tree
-
-
-def _read(path: Path) -> CommentedMap:
-    try:
-        return _parse(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        folder = path.parent
-        near = (
-            difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], 1)
-            if folder.is_dir()
-            else []
-        )
-        hint = f"; did you mean {folder / near[0]}?" if near else ""
-        raise UserError(f"{path} does not exist{hint}") from None
-    except (IsADirectoryError, UnicodeDecodeError):
-        raise UserError(f"{path} is not a YAML file") from None
-
-
-def _tag(node: Any) -> str | None:
-    value = getattr(getattr(node, "tag", None), "value", None)
-    return str(value) if value is not None and not str(value).startswith("tag:yaml.org") else None
-
-
-def _plain(node: Any) -> Any:
-    tag = _tag(node)
-    if isinstance(node, TaggedScalar):
-        return f"{tag} {node.value}".strip()
-    if isinstance(node, Mapping):
-        value: Any = {str(key): _plain(item) for key, item in node.items()}
-        return {"tag": tag, **value} if tag else value
-    if isinstance(node, list):
-        return [_plain(item) for item in node]
-    if isinstance(node, bool) or node is None:
-        return node
-    for kind in (int, float):  # ruamel's own scalar classes are no JSON
-        if isinstance(node, kind):
-            return kind(node)
-    return str(node)
-
-
-def _check_known(key: str, tree: CommentedMap, where: str) -> None:
-    if key not in tree:
-        near = difflib.get_close_matches(key, list(tree), 1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"{where}: unknown key '{key}'{hint}")
-
-
-def _checked(key: str, value: Any, default: Any, where: str) -> Any:
-    """The value in the type of the base's default, or an error that names key, value and what is allowed."""
-    default_tag, value_tag = _tag(default), _tag(value)
-    if key in EXTENSION_POINTS:
-        if value_tag is None or not value_tag.startswith(("!name:", "!new:")):
-            raise UserError(
-                f"{where}: '{key}' takes an object such as !name:package.Class, given {value!r}"
-            )
-        return value
-    if value_tag is not None and where == COMMAND_LINE:
-        raise UserError(f"{where}: '{key}': tags are not allowed in values, given {value!r}")
-    if value_tag == "!ref" or default_tag in ("!PLACEHOLDER", "!ref"):
-        return value if value_tag else str(value)
-    if value_tag is not None:
-        raise UserError(
-            f"{where}: '{key}' is not an extension point and takes a plain value, given {value_tag}"
-        )
-    value = _typed(key, value, _plain(default), where)
-    if key in CHOICES and value not in CHOICES[key]:
-        raise UserError(f"{where}: '{key}' is one of {', '.join(CHOICES[key])}, given {value!r}")
-    if key == "tag":
-        Variant(tag=value)  # refuses what cannot be part of a folder's name
-    if (key in POSITIVE and value <= 0) or (key in NOT_NEGATIVE and value < 0):
-        raise UserError(
-            f"{where}: '{key}' must be {'above 0' if key in POSITIVE else '0 or more'}, given {value!r}"
-        )
-    return value
-
-
-def _typed(key: str, value: Any, default: Any, where: str) -> Any:
-    wanted = {
-        bool: "True or False",
-        int: "a whole number",
-        float: "a number",
-        list: "a list, such as a,b",
-        str: "text",
-    }
-    kind = str if default is None else type(default)
-    if default is None and value is None:
-        return None
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is list and not isinstance(value, Mapping):
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        items = list(value) if isinstance(value, list) else [value]
-        if key == "block_sizes":
-            if not all(str(item).isdigit() and int(item) > 0 for item in items):
-                raise UserError(
-                    f"{where}: 'block_sizes' takes whole numbers above 0, given {value!r}"
-                )
-            return [int(item) for item in items]
-        return [str(item) for item in items]
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise UserError(f"{where}: '{key}' takes {wanted[kind]}, given {value!r}")
-
-
-def _check_objects(key: str, node: Any, modules: tuple[str, ...], path: Path) -> None:
-    tag = _tag(node)
-    if tag and tag.startswith(("!new:", "!name:", "!apply:", "!module:")):
-        name = tag.split(":", 1)[1]
-        if name.split(".")[0] not in modules:
-            raise UserError(
-                f"{path}: '{key}' takes an object from {name!r}; a YAML is code, so only these packages are allowed: "
-                f"{', '.join(modules)}. --allow_module {name.split('.')[0]} allows it for this run"
-            )
-    elif tag and tag not in ("!ref", "!copy", "!tuple", "!PLACEHOLDER"):
-        raise UserError(f"{path}: '{key}': the tag {tag} is not allowed")
-    if isinstance(node, Mapping):
-        for item in node.values():
-            _check_objects(key, item, modules, path)
-    elif isinstance(node, list):
-        for item in node:
-            _check_objects(key, item, modules, path)

@@ -1,7 +1,4 @@
-"""From a finished model to text: batched greedy search with a KV cache, and transcription of files.
-
-Shapes: B utterances, X prefix positions, H decoder width, V vocabulary.
-"""
+"""From a finished model to text: decoding of batches, transcription of files, loading of exports."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ import torch
 from torch import Tensor
 
 from speechllm_prune.data.batching import Batch, collate, sorted_batches
-from speechllm_prune.models.decoder import lm_logits
 from speechllm_prune.models.encoder import SAMPLE_RATE, SpeechEncoder, load_encoder
 from speechllm_prune.models.projector import Projector
 from speechllm_prune.models.speechllm import SpeechLLM, TaskParts
 from speechllm_prune.runtime import UserError, raise_if_stopped
+from speechllm_prune.search import greedy_search, has_loop
 
 EXTRA_TOKENS = 10
 """Tokens that a hypothesis may have beyond `max_tokens_per_second` times its duration."""
@@ -40,6 +37,8 @@ class Hypothesis:
         Tokens before the end.
     capped : bool
         Whether it hit the cap on its length instead of ending by itself.
+    looped : bool
+        Whether a phrase is repeated again and again in it, see `search.has_loop`.
     """
 
     id: str
@@ -48,71 +47,7 @@ class Hypothesis:
     duration: float
     num_tokens: int
     capped: bool
-
-
-@torch.no_grad()
-def greedy_search(
-    decoder: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    max_tokens: Sequence[int],
-    stop: frozenset[int],
-) -> list[tuple[list[int], bool]]:
-    """Greedy decoding of a left-padded batch with a KV cache.
-
-    Arguments
-    ---------
-    decoder : PreTrainedModel
-        A causal LM.
-    inputs_embeds : Tensor
-        (B, X, H), padded on the left.
-    attention_mask : Tensor
-        (B, X).
-    max_tokens : sequence of int
-        Cap for each row.
-    stop : frozenset of int
-        Ids that end a hypothesis.
-
-    Returns
-    -------
-    list of (token ids without the stop token, whether the cap was hit)
-    """
-    from transformers import DynamicCache
-
-    body, embed = decoder.get_decoder(), decoder.get_input_embeddings()
-    cache = DynamicCache(config=decoder.config)
-    position = attention_mask.sum(1, keepdim=True)  # (B, 1), position of the next token in each row
-    stops = torch.tensor(sorted(stop), device=inputs_embeds.device)
-    caps = torch.tensor(list(max_tokens), device=inputs_embeds.device)
-    ended = torch.zeros(len(inputs_embeds), dtype=torch.bool, device=inputs_embeds.device)
-    steps: list[Tensor] = []
-    check_every = (
-        1 if inputs_embeds.device.type == "cpu" else 8
-    )  # asking the GPU for a flag stalls it
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    for step in range(int(max(max_tokens))):
-        hidden = body(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        token = lm_logits(decoder, hidden).argmax(-1)  # (B,)
-        steps.append(token)
-        ended |= torch.isin(token, stops) | (caps <= step + 1)
-        if step % check_every == check_every - 1 and bool(ended.all()):
-            break
-        inputs_embeds = embed(token)[:, None]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(token), 1)], dim=1)
-        positions, position = position, position + 1
-    rows = torch.stack(steps, dim=1).tolist()
-    return [_trim(row[:cap], stop) for row, cap in zip(rows, max_tokens, strict=True)]
-
-
-def _trim(tokens: list[int], stop: frozenset[int]) -> tuple[list[int], bool]:
-    end = next((index for index, token in enumerate(tokens) if token in stop), None)
-    return (tokens, True) if end is None else (tokens[:end], False)
+    looped: bool
 
 
 def decode_batch(model: SpeechLLM, batch: Batch) -> list[Hypothesis]:
@@ -124,7 +59,12 @@ def decode_batch(model: SpeechLLM, batch: Batch) -> list[Hypothesis]:
         for duration in batch.durations
     ]
     outputs = greedy_search(
-        model.decoder, inputs.inputs_embeds, inputs.attention_mask, caps, model.token_ids.stop
+        model.decoder,
+        inputs.inputs_embeds,
+        inputs.attention_mask,
+        caps,
+        model.token_ids.stop,
+        model.decode_graphs,
     )
     return [
         Hypothesis(
@@ -134,6 +74,7 @@ def decode_batch(model: SpeechLLM, batch: Batch) -> list[Hypothesis]:
             duration=batch.durations[i],
             num_tokens=len(tokens),
             capped=capped,
+            looped=has_loop(tokens),
         )
         for i, (tokens, capped) in enumerate(outputs)
     ]
@@ -324,7 +265,7 @@ def load_export(
         adapter = None
         if entry["adapter"]:
             adapter = f"task_{entry['name']}"  # a bare name could be that of a method
-            attach_adapter(decoder, folder / entry["folder"], adapter, card["kept_layers"])
+            attach_adapter(decoder, inside(folder, entry["folder"]), adapter, card["kept_layers"])
         tasks.append(_load_task(folder, entry, dtype, encoders, adapter))
     first = tasks[0]
     model = SpeechLLM(
@@ -358,10 +299,10 @@ def _load_task(
     source, norm = entry["encoder"], entry["encoder_output_norm"]
     key = f"{source['fingerprint']} {norm}"
     if key not in encoders:
-        hub = str(folder / source["folder"]) if source.get("folder") else source["hub"]
+        hub = str(inside(folder, source["folder"])) if source.get("folder") else source["hub"]
         encoders[key] = load_encoder(hub, source["revision"], dtype, norm)
     projector = build_projector(entry["projector"], str(folder))
-    file = folder / (entry["folder"] or ".") / "projector.safetensors"
+    file = inside(folder, entry["folder"] or ".") / "projector.safetensors"
     projector.load_state_dict(load_file(file))
     return TaskParts(
         entry["name"],
@@ -373,6 +314,26 @@ def _load_task(
         entry["max_tokens_per_second"],
         adapter,
     )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A folder of an export, which may come from anybody: it must not name one elsewhere.
+
+    Raises
+    ------
+    UserError
+
+    Example
+    -------
+    >>> inside(Path("export"), "adapters/asr").as_posix()
+    'export/adapters/asr'
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{folder / 'speechllm.json'} names the folder {name!r}, outside of the export"
+        )
+    return path
 
 
 def build_projector(shape: dict[str, Any], where: str) -> Projector:

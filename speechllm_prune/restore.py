@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from speechllm_prune.checkpoint import load_checkpoint_tensors, load_tensors
+from speechllm_prune.checkpoint import load_checkpoint_tensors
 from speechllm_prune.experiment import Experiment, Variant, read_json
 from speechllm_prune.hparams import load_hparams
 from speechllm_prune.models.decoder import decoder_layers, load_decoder
@@ -32,6 +32,7 @@ from speechllm_prune.prune.lora import (
     remove_healing_lora,
 )
 from speechllm_prune.prune.surgery import PrunePlan, Removal, num_layers
+from speechllm_prune.recoverables import load_tensors
 from speechllm_prune.runtime import UserError, derive_seed
 
 EXTRAS: dict[str, dict[str, Any]] = {
@@ -152,6 +153,8 @@ def build_model(hparams: dict[str, Any], device: str | None = None) -> SpeechLLM
         text_case=hparams["text_case"],
         task=hparams["task"],
         max_tokens_per_second=hparams["max_tokens_per_second"],
+        loss_chunk_rows=hparams["loss_chunk_rows"],
+        decode_graphs=hparams["decode_graphs"],
     )
     return model.requires_grad_(False).to(device)
 
@@ -200,7 +203,9 @@ def load_train_state(model: SpeechLLM, experiment: Experiment) -> None:
     done = read_json(experiment.stage("train") / "DONE.json")
     load_tensors(
         model,
-        load_checkpoint_tensors(experiment.stage("train") / done["checkpoint"]),
+        load_checkpoint_tensors(
+            experiment.stage("train") / done["checkpoint"], done.get("checkpoint_sha256")
+        ),
         train_names(model),
     )
 
@@ -258,7 +263,11 @@ def read_heal_state(experiment: Experiment, variant: Variant) -> HealState | Non
     )
     folder = experiment.require(f"heal/{variant.name}", command)
     done = read_json(folder / "DONE.json")
-    tensors = load_checkpoint_tensors(folder / done["checkpoint"]) if "checkpoint" in done else {}
+    tensors = {}
+    if "checkpoint" in done:
+        tensors = load_checkpoint_tensors(
+            folder / done["checkpoint"], done.get("checkpoint_sha256")
+        )
     kept = read_plan(experiment, variant).kept_layers
     check_adapter(tensors, done["kept_layers"], kept, f"the healing in {folder}")
     compensation = load_file(folder / COMPENSATION_FILE)["weight"] if done["compensated"] else None

@@ -1,20 +1,25 @@
-"""Many points of one experiment in one process: block sizes x heal modes on a path, the model loaded once."""
+"""Many points of one experiment in one process: block sizes x heal modes x paths, the model loaded once."""
 
 from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from speechllm_prune.experiment import Variant
+from tqdm import tqdm
+
+from speechllm_prune.experiment import HEAL_MODES, Variant
 from speechllm_prune.restore import EXTRAS
-from speechllm_prune.runtime import Stopped, UserError
+from speechllm_prune.runtime import Stopped, UserError, spoken
 from speechllm_prune.stages.evaluate import evaluate
-from speechllm_prune.stages.heal import extras_of, heal
-from speechllm_prune.stages.plan import plan_block
+from speechllm_prune.stages.heal import extras_of, heal, heal_tag
+from speechllm_prune.stages.plan import choose_start_layer, decoder_depth, plan_block
+from speechllm_prune.sweep_estimate import Costs, audio_seconds
 from speechllm_prune.workbench import Workbench
-
-HEAL_MODES = ("none", "decoder", "projector", "joint")
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,25 @@ class Point:
         Nothing removed.
     extras : tuple of str
         Beyond the paper: of `all`, `comp`, `kl`.
+    start_layer : int
+        l; -1 until the point is put on a path.
+    paths : tuple of str
+        All that choose this block; empty where `start_layer` was given.
     """
 
     block_size: int
     heal_mode: str
     control: bool = False
     extras: tuple[str, ...] = ()
+    start_layer: int = -1
+    paths: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         mode = "+".join([self.heal_mode, *self.extras])
         return f"n={self.block_size} {mode}{' control' if self.control else ''}"
+
+
+# ---------------------------------------------------------------- which points
 
 
 def plan_points(
@@ -65,11 +79,7 @@ def plan_points(
     ['n=2 none', 'n=2 joint', 'n=2 joint+kl', 'n=2 joint control']
     """
     modes = sorted({parse_mode(mode) for mode in heal_modes}, key=_order)
-    sizes = sorted(set(block_sizes)) or list(range(1, num_layers // 2 + 1))
-    if sizes[-1] > num_layers - 1:
-        raise UserError(
-            f"block_sizes: {sizes[-1]} is outside 1..{num_layers - 1} (the decoder has {num_layers} layers)"
-        )
+    sizes = all_sizes(block_sizes, num_layers)
     points = [Point(size, mode, extras=extras) for size in sizes for mode, extras in modes]
     if control:
         points += [
@@ -78,6 +88,21 @@ def plan_points(
             if mode != "none" and not extras
         ]
     return points
+
+
+def all_sizes(block_sizes: list[int], num_layers: int) -> list[int]:
+    """The block sizes asked for, ascending; by default every n from 1 to L/2.
+
+    Raises
+    ------
+    UserError
+    """
+    sizes = sorted(set(block_sizes)) or list(range(1, num_layers // 2 + 1))
+    if sizes[-1] > num_layers - 1:
+        raise UserError(
+            f"block_sizes: {sizes[-1]} is outside 1..{num_layers - 1} (the decoder has {num_layers} layers)"
+        )
+    return sizes
 
 
 def parse_mode(text: str) -> tuple[str, tuple[str, ...]]:
@@ -109,6 +134,53 @@ def _order(entry: tuple[str, tuple[str, ...]]) -> tuple[int, int, tuple[str, ...
     return HEAL_MODES.index(mode), len(extras), extras
 
 
+def parse_paths(text: str) -> list[str]:
+    """The paths of `--path own,text`; a file may have a comma in its name.
+
+    Example
+    -------
+    >>> parse_paths("own, text,own")
+    ['own', 'text']
+    """
+    parts = [text] if Path(text).is_file() else [part.strip() for part in text.split(",")]
+    return list(dict.fromkeys(parts))
+
+
+def start_layers(bench: Workbench, sizes: list[int]) -> dict[str, dict[int, int]]:
+    """{path: {n: l}} of every path asked for; with `start_layer` there is one, named ''.
+
+    Raises
+    ------
+    UserError
+        A path that does not exist is no fault of single points.
+    """
+    if bench.hparams["start_layer"] >= 0:
+        return {"": dict.fromkeys(sizes, bench.hparams["start_layer"])}
+    depth = decoder_depth(bench)
+    return {
+        path: {size: choose_start_layer(bench, size, path, depth) for size in sizes}
+        for path in parse_paths(bench.hparams["path"])
+    }
+
+
+def on_paths(points: list[Point], starts: Mapping[str, Mapping[int, int]]) -> list[Point]:
+    """Every point on every path that has a block of its size; paths that choose the same block share the point.
+
+    Example
+    -------
+    >>> points = on_paths([Point(1, "none"), Point(2, "none")], {"own": {1: 3, 2: 3}, "text": {1: 4, 2: 3}})
+    >>> [(point.block_size, point.start_layer, point.paths) for point in points]
+    [(1, 3, ('own',)), (1, 4, ('text',)), (2, 3, ('own', 'text'))]
+    """
+    found: dict[Point, tuple[str, ...]] = {}
+    for point in points:
+        for path, start in starts.items():
+            if point.block_size in start:
+                placed = replace(point, start_layer=start[point.block_size])
+                found[placed] = (*found.get(placed, ()), *([path] if path else []))
+    return [replace(point, paths=paths) for point, paths in found.items()]
+
+
 def shard_of(points: list[Point], shard: str) -> list[Point]:
     """Every N-th point, for `i/N`; i may count from 0 or from 1 (N/N is 0/N), as array jobs do either.
 
@@ -124,37 +196,180 @@ def shard_of(points: list[Point], shard: str) -> list[Point]:
     return points[index::count]
 
 
-def run_sweep(bench: Workbench, points: list[Point]) -> list[str]:
+# ---------------------------------------------------------------- where a point stands
+
+
+def keys_of(hparams: dict[str, Any], point: Point) -> dict[str, Any]:
+    """The keys that a point's extras set; what is on already may have another value."""
+    on_already = extras_of(hparams, point.heal_mode)
+    extras = [extra for extra in point.extras if extra not in on_already]
+    return {key: value for extra in extras for key, value in EXTRAS[extra].items()}
+
+
+def variant_of(hparams: dict[str, Any], point: Point) -> Variant:
+    """The variant that a point makes. Its name knows no path."""
+    block = point.start_layer, point.block_size
+    if point.heal_mode == "none" and not point.extras:
+        return Variant(*block)
+    tag = heal_tag(hparams | keys_of(hparams, point), point.heal_mode, hparams["tag"])
+    return Variant(*block, point.heal_mode, tag, point.control)
+
+
+def eval_keys(bench: Workbench) -> list[str]:
+    """The evaluation manifests that are prepared: what a sweep evaluates on."""
+    return [key for key in bench.hparams["eval_manifests"] if bench.is_prepared(key)]
+
+
+def score_file(bench: Workbench, variant: str, key: str) -> Path:
+    """Where the score of a variant on an evaluation manifest stands."""
+    return bench.experiment.stage(f"eval/{variant}/{key.replace('/', '-')}") / "metrics.json"
+
+
+def missing_parts(bench: Workbench, point: Point) -> tuple[bool, list[str]]:
+    """Whether healing is still to be done, and the evaluation manifests without a score."""
+    variant = variant_of(bench.hparams, point)
+    if bench.run.flags.overwrite:
+        return variant.is_healed, eval_keys(bench)
+    to_heal = variant.is_healed and not bench.experiment.is_done(f"heal/{variant.name}")
+    keys = [key for key in eval_keys(bench) if not score_file(bench, variant.name, key).is_file()]
+    return to_heal, keys
+
+
+def seconds_left(bench: Workbench, points: list[Point]) -> tuple[dict[Point, float | None], Costs]:
+    """How long every point that is not finished will take (None: not known), and what that was computed from."""
+    costs, found = Costs.of(bench), {}
+    for point in points:
+        to_heal, keys = missing_parts(bench, point)
+        if to_heal or keys:
+            variant = variant_of(bench.hparams, point)
+            found[point] = costs.seconds(variant, to_heal, audio_seconds(bench, keys))
+    return found, costs
+
+
+def listing(bench: Workbench, points: list[Point]) -> list[str]:
+    """For `--dry_run`: how long it will take, and where every point stands."""
+    todo, costs = seconds_left(bench, points)
+    told = costs.describe(list(todo.values()))
+    lines = [f"{len(points)} points, {len(points) - len(todo)} done; {told}"]
+    for point in points:
+        paths = f" ({', '.join(point.paths)})" if point.paths else ""
+        state = "would run" if point in todo else "done     "
+        lines.append(f"{state} {point}: {variant_of(bench.hparams, point).name}{paths}")
+    return lines
+
+
+def remarks(bench: Workbench, points: list[Point]) -> list[str]:
+    """What a user should know before the first point."""
+    lines = []
+    shared = {
+        f"l{point.start_layer:02d}n{point.block_size:02d}": " and ".join(point.paths)
+        for point in points
+        if len(point.paths) > 1
+    }
+    if shared:
+        told = ", ".join(f"{block} by {paths}" for block, paths in shared.items())
+        lines.append(f"chosen by several paths and run once: {told}")
+    if not bench.hparams["cache_features"]:
+        lines.append("cache_features is False: the encoder runs again for every point")
+    return lines
+
+
+# ---------------------------------------------------------------- running them
+
+
+def run_sweep(bench: Workbench, points: list[Point]) -> list[tuple[str, Exception]]:
     """Plan, heal and evaluate every point; finished ones are skipped, failed ones reported at the end.
 
     Returns
     -------
-    list of str
-        One line for every failed point.
+    list of (str, Exception)
+        Every failed point and what went wrong.
     """
-    failed = []
-    for point in bench.progress(points, "sweep"):
+    failed: list[tuple[str, Exception]] = []
+    progress = Progress(bench, points)
+    for point in points:
+        told = ""
         try:
             run_point(bench, point)
         except (Stopped, KeyboardInterrupt):
+            progress.close()
             raise
         except Exception as error:  # the other points must not be lost with this one
-            failed.append(f"{point}: {type(error).__name__}: {error}")
-            print(f"failed: {failed[-1]}", file=sys.stderr)
+            if bench.world_size > 1 and not isinstance(error, UserError):
+                raise  # the other ranks wait for this one: only ending the job frees them
+            failed.append((str(point), error))
+            print(f"failed: {point}: {type(error).__name__}: {error}", file=sys.stderr)
+            told = "failed after "
+        progress.finished(point, told)
+    progress.close()
     return failed
 
 
 def run_point(bench: Workbench, point: Point) -> str:
     """Plan, heal and evaluate one point; returns the variant's name."""
-    path = bench.hparams["path"]
-    plan = plan_block(bench, point.block_size, path, bench.hparams["start_layer"], point.control)
-    on_already = extras_of(bench.hparams, point.heal_mode)  # by a key, perhaps with another value
-    extras = [extra for extra in point.extras if extra not in on_already]
-    keys = {key: value for extra in extras for key, value in EXTRAS[extra].items()}
-    if point.heal_mode == "none" and not point.extras:
-        name = Variant(plan.start_layer, plan.block_size).name
-    else:
-        with bench.overridden(keys):
-            name = heal(bench, plan, point.heal_mode, bench.hparams["tag"])
+    start = bench.hparams["start_layer"]
+    for path in point.paths or ("",):  # every path that chose the block is noted in its plan
+        plan = plan_block(bench, point.block_size, path, start, point.control)
+    name = variant_of(bench.hparams, point).name
+    if point.heal_mode != "none" or point.extras:
+        with bench.overridden(keys_of(bench.hparams, point)):
+            heal(bench, plan, point.heal_mode, bench.hparams["tag"])
     evaluate(bench, name, must_exist=False)
     return name
+
+
+class Progress:
+    """How far a sweep is: a bar on a terminal, elsewhere a line for every point.
+
+    The time left is that of the work that this process has done so far, scaled by the cost of what is left; points that
+    were finished before enter neither.
+
+    Arguments
+    ---------
+    bench : Workbench
+        Rank 0 speaks.
+    points : list of Point
+        All points of this process.
+    """
+
+    def __init__(self, bench: Workbench, points: list[Point]) -> None:
+        self.bench, self.total, self.count = bench, len(points), 0
+        seconds, _ = seconds_left(bench, points)
+        known = [value for value in seconds.values() if value]
+        # what is not known counts as much as the mean of those that are
+        mean = sum(known) / len(known) if known else 1.0
+        self.costs = {point: value or mean for point, value in seconds.items()}
+        self.spent = self.done = 0.0
+        self.left = sum(self.costs.values())
+        self.began = time.monotonic()
+        self.bar = tqdm(
+            total=self.total,
+            desc="sweep",
+            disable=not bench.shows_progress,
+            dynamic_ncols=True,
+            bar_format="{desc}: {n_fmt}/{total_fmt} |{bar}| {postfix}",
+        )
+
+    def finished(self, point: Point, told: str = "") -> None:
+        """One more point is done; `told` goes in front of the time it took."""
+        self.count += 1
+        seconds, cost = time.monotonic() - self.began, self.costs.get(point)
+        if cost is None:
+            told = told and "failed" or "was already done"
+        else:
+            self.spent += seconds
+            self.done += cost
+            self.left -= cost
+            told += spoken(seconds)
+        if cost is not None and self.left > 0:
+            left = spoken(self.spent * self.left / self.done)
+            told += f", about {left} left"
+            self.bar.set_postfix_str(f"about {left} left")
+        self.bar.update()
+        if self.bench.rank == 0 and self.bar.disable:
+            print(f"[{self.count}/{self.total}] {point}: {told}", flush=True)
+        self.began = time.monotonic()
+
+    def close(self) -> None:
+        """Leave the terminal's last line as it is."""
+        self.bar.close()

@@ -14,23 +14,26 @@ import torch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechllm_prune.brain import SpeechLLMBrain
-from speechllm_prune.checkpoint import AtomicCheckpointer
+from speechllm_prune.checkpoint import MODEL_FILE, AtomicCheckpointer
 from speechllm_prune.data.batching import Batch, EndlessBatchSampler, sorted_batches
 from speechllm_prune.data.manifest import Row, read_summary
 from speechllm_prune.data.pipeline import Utterances, filter_training_rows
 from speechllm_prune.data.prompt import encode_target
-from speechllm_prune.experiment import write_json, write_text
-from speechllm_prune.hparams import identity, resolve_hparams
-from speechllm_prune.models.decoder import num_parameters
+from speechllm_prune.experiment import sha256_file, sha256_json, write_json, write_text
+from speechllm_prune.hparams import hub_fingerprint, identity, resolve_hparams
+from speechllm_prune.models.decoder import num_parameters, training_layers
+from speechllm_prune.models.estimate import training_memory
 from speechllm_prune.models.speechllm import SpeechLLM
 from speechllm_prune.prune.distill import TeacherRows
+from speechllm_prune.ranks import check_agreement
+from speechllm_prune.redaction import RedactingFilter
 from speechllm_prune.restore import (
     build_model,
     load_train_state,
     set_trainable,
     train_names,
 )
-from speechllm_prune.runtime import Stopped, UserError, derive_seed
+from speechllm_prune.runtime import UserError, derive_seed
 from speechllm_prune.tasks import TASKS
 from speechllm_prune.workbench import Workbench
 
@@ -39,17 +42,18 @@ def train(bench: Workbench) -> None:
     """Stage 1: train the projector (and the decoder's adapters, if there are any)."""
     config_hash = bench.run.config_hash()
     bench.prepare()
-    if not bench.begin("train", config_hash):
-        return
-    for key in (*bench.hparams["train_manifests"], bench.hparams["valid_manifest"]):
-        read_summary(bench.manifest(key))  # complain before the models are loaded
-    bench.on_main(_archive, bench)
-    model = build_model(bench.hparams, bench.device)
-    bench.adopt(model)
-    names = train_names(model)
-    if if_main_process():
-        _announce(bench, model, names)
-    fit(bench, "train", "train", names, bench.hparams["num_steps"], config_hash)
+    with bench.working_on("train", config_hash) as todo:
+        if not todo:
+            return
+        for key in (*bench.hparams["train_manifests"], bench.hparams["valid_manifest"]):
+            read_summary(bench.manifest(key))  # complain before the models are loaded
+        bench.on_main(_archive, bench)
+        model = build_model(bench.hparams, bench.device)
+        bench.adopt(model)
+        names = train_names(model)
+        if if_main_process():
+            _announce(bench, model, names)
+        fit(bench, "train", "train", names, bench.hparams["num_steps"], config_hash)
     load_train_state(model, bench.experiment)
 
 
@@ -90,9 +94,23 @@ def fit(
         interval, num_steps = 2, 4
     utterances = training_utterances(bench)
     sampler = training_sampler(bench, utterances)
+    if if_main_process():
+        _announce_memory(hparams, model, names, utterances)
+    data_hash = sha256_json([[row.ID, row.duration, row.text] for row in utterances.rows])
+    check_agreement(
+        {
+            "training data": data_hash,
+            "batches in a pass": len(sampler.batches_of_pass(0)),
+            "steps": num_steps,
+        }
+    )
     valid = validation_utterances(bench)
     valid_index = sorted_batches(
-        valid.sizes, hparams["eval_batch_size"], bench.rank, bench.world_size
+        valid.sizes,
+        hparams["eval_batch_size"],
+        bench.rank,
+        bench.world_size,
+        hparams["eval_batch_positions"],
     )
     bench.seed(seed_name)
     set_trainable(model, names)
@@ -103,30 +121,45 @@ def fit(
         interval,
         sampler,
         {key: value for key, value in bench.run_options.items() if key != "debug"},
-        AtomicCheckpointer(folder / "save"),
+        AtomicCheckpointer(folder / "save", _identity(bench, stage, config_hash, data_hash, facts)),
         _logger(hparams["train_logger"], folder / "train_log.txt"),
         teacher,
     )
     try:
-        with log_to(folder):
+        with (
+            log_to(folder),
+            training_layers(
+                model.decoder, hparams["gradient_checkpointing"], hparams["compile_layers"]
+            ),
+        ):
             brain.fit(
                 brain.epochs(),
                 utterances.loader(sampler, hparams["num_workers"]),
                 valid.loader(valid_index, hparams["num_workers"]),
                 progressbar=bench.shows_progress,
             )
-    except Stopped as reason:
-        if if_main_process():
-            bench.experiment.stopped(
-                stage, config_hash, str(reason), optimizer_step=brain.optimizer_step
-            )
-        raise
     finally:
         set_trainable(model, [])
         model.eval()
     if if_main_process():
         _finish(bench, brain, stage, names, config_hash, num_steps=num_steps, **facts)
     ddp_barrier()
+
+
+def _identity(
+    bench: Workbench, stage: str, config_hash: str, data_hash: str, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint of this stage must agree in with the run that goes on from it."""
+    hparams, trained = bench.hparams, bench.experiment.stage("train") / "DONE.json"
+    return {
+        "encoder": hub_fingerprint(hparams["encoder_hub"], hparams["encoder_revision"]),
+        "decoder": hub_fingerprint(hparams["decoder_hub"], hparams["decoder_revision"]),
+        "kept layers": facts.get("kept_layers", "all"),
+        "training data": data_hash,
+        "stage-1 model": sha256_file(trained) if stage != "train" else None,
+        "number of processes": bench.world_size,  # each has a share of the batches and a random state
+        "configuration": config_hash,
+    }
 
 
 def _finish(
@@ -145,16 +178,17 @@ def _finish(
         inputs.append(bench.experiment.stage("train") / "DONE.json")
     task = TASKS[hparams["task"]]
     key = f"valid_{task.metric}"
-    best = brain.checkpointer.find_checkpoint(
-        **{"max_key" if task.higher_is_better else "min_key": key}
-    )
+    best = brain.checkpointer.best(**{"max_key" if task.higher_is_better else "min_key": key})
     parameters = dict(brain.model.named_parameters())
     bench.experiment.finish(
         stage,
         config_hash,
         inputs,
         checkpoint=f"save/{best.path.name}",
+        checkpoint_sha256=sha256_file(best.path / MODEL_FILE),
         **{key: best.meta[key]},
+        timing=brain.timing(),
+        skipped_steps=brain.counters.skipped_steps,
         optimizer_step=best.meta["optimizer_step"],
         num_trainable=sum(parameters[name].numel() for name in names),
         trainable=names,
@@ -193,7 +227,12 @@ def _filtered(bench: Workbench, key: str, model: SpeechLLM) -> list[Row]:
     hparams, rows = bench.hparams, bench.rows(key)
     tokens = [len(encode_target(model.tokenizer, row.text, model.text_case)) for row in rows]
     kept, dropped = filter_training_rows(
-        rows, tokens, hparams["min_seconds"], hparams["max_seconds"], hparams["max_target_tokens"]
+        rows,
+        tokens,
+        hparams["min_seconds"],
+        hparams["max_seconds"],
+        hparams["max_target_tokens"],
+        model,
     )
     if if_main_process():
         hours = sum(row.duration for row in kept) / 3600
@@ -255,16 +294,34 @@ def _announce(bench: Workbench, model: SpeechLLM, names: list[str]) -> None:
         print(f"note:     {hparams['results_note']}")
 
 
+def _announce_memory(
+    hparams: dict[str, Any], model: SpeechLLM, names: list[str], utterances: Utterances
+) -> None:
+    positions = hparams["batch_positions"] or hparams["batch_size"] * max(utterances.sizes)
+    memory = training_memory(
+        model, names, positions, checkpointing=hparams["gradient_checkpointing"]
+    )
+    print(
+        f"memory:   about {memory / 2**30:.1f} GiB per process at most, for a micro-batch of {positions} positions "
+        f"(an estimate)"
+    )
+
+
 def _logger(factory: Callable[..., Any], file: Path) -> Any:
     """SpeechBrain's text logger takes a file, its TensorBoard logger a folder."""
     import inspect
 
     names = inspect.signature(factory).parameters
-    return (
-        factory(save_file=str(file))
-        if "save_file" in names
-        else factory(save_dir=str(file.parent / "tensorboard"))
-    )
+    try:
+        return (
+            factory(save_file=str(file))
+            if "save_file" in names
+            else factory(save_dir=str(file.parent / "tensorboard"))
+        )
+    except ImportError as error:
+        raise UserError(
+            f"train_logger: {error}; TensorBoard is an optional extra: pip install -e '.[tensorboard]'"
+        ) from None
 
 
 class log_to:
@@ -298,6 +355,7 @@ class log_to:
         self.handler.setFormatter(
             logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s")
         )
+        self.handler.addFilter(RedactingFilter())
         logging.getLogger().addHandler(self.handler)
 
     def __exit__(self, *exc_info: object) -> None:

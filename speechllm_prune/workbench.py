@@ -5,7 +5,6 @@ A sweep runs many stages on one workbench: the model is loaded once, every split
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 from speechbrain.utils.distributed import (
-    ddp_barrier,
     ddp_broadcast,
-    ddp_init_group,
     if_main_process,
+    is_distributed_initialized,
 )
 from torch import Tensor
 from tqdm import tqdm
@@ -29,12 +27,22 @@ from speechllm_prune.cli import Run
 from speechllm_prune.data.batching import Batch, sorted_batches
 from speechllm_prune.data.features import FeatureStore, store_fingerprint, write_store
 from speechllm_prune.data.manifest import Row, manifest_path, read_manifest, read_summary
-from speechllm_prune.data.pipeline import Utterances, make_utterances
-from speechllm_prune.experiment import read_json
-from speechllm_prune.hparams import ALLOWED_MODULES, hub_fingerprint, identity, with_values
+from speechllm_prune.data.pipeline import Utterances, make_utterances, misfit, refuse_misfits
+from speechllm_prune.experiment import read_json, sha256_file
+from speechllm_prune.hparams import hub_commit, hub_fingerprint, identity, with_values
+from speechllm_prune.lock import RunLock
+from speechllm_prune.models.encoder import SpeechEncoder
 from speechllm_prune.models.speechllm import SpeechLLM
+from speechllm_prune.objects import find_callable
+from speechllm_prune.ranks import (
+    InStep,
+    check_agreement,
+    memory_fault,
+    start_ranks,
+    world_size,
+)
 from speechllm_prune.restore import choose_device, frozen_dtype, restore
-from speechllm_prune.runtime import UserError, seed_everything
+from speechllm_prune.runtime import Fault, Stopped, UserError, seed_everything
 
 
 class Workbench:
@@ -53,11 +61,10 @@ class Workbench:
         backend = run.run_options.get("distributed_backend") or (
             "nccl" if torch.cuda.is_available() else "gloo"
         )
-        if "RANK" in os.environ and not torch.distributed.is_initialized():
-            ddp_init_group({"distributed_backend": backend})
-        initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = torch.distributed.get_rank() if initialised else 0
-        self.world_size = torch.distributed.get_world_size() if initialised else 1
+        start_ranks(backend, self.hparams["ddp_timeout_minutes"])
+        self.world_size = world_size()
+        self.rank = torch.distributed.get_rank() if is_distributed_initialized() else 0
+        check_agreement({**run.values, "the flags": vars(run.flags)})
         self.device = choose_device(self.hparams["device"])
         if self.device == "cuda" and self.world_size > 1:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -73,6 +80,7 @@ class Workbench:
         if not sys.stderr.isatty() or self.rank > 0:
             disable_progress_bar()  # of transformers; ours look for themselves
         self._model: SpeechLLM | None = None
+        self._batch: Batch | None = None
         self._utterances: dict[tuple[str, bool], Utterances] = {}
 
     @property
@@ -90,16 +98,58 @@ class Workbench:
         if if_main_process():
             try:
                 result = function(*args, **kwargs)
-            except UserError as error:
+            except (UserError, Fault, Stopped) as error:
                 result = error
         result = ddp_broadcast(result)
-        if isinstance(result, UserError):
+        if isinstance(result, (UserError, Fault, Stopped)):
             raise result
         return result
 
-    def begin(self, stage: str, config_hash: str) -> bool:
-        """`Experiment.begin` on rank 0."""
-        return self.on_main(self.experiment.begin, stage, config_hash, self.run.flags.overwrite)
+    @contextmanager
+    def working_on(self, stage: str, config_hash: str) -> Iterator[bool]:
+        """Context around the work of a stage: whether there is any (`Experiment.begin`).
+
+        No other run can write in the stage's folder meanwhile, and a signal leaves STOPPED.json there.
+        """
+        overwrite = self.run.flags.overwrite
+        with self.writing(
+            stage, config_hash, locks=not self.experiment.is_done(stage) or overwrite
+        ):
+            yield self.on_main(self.experiment.begin, stage, config_hash, overwrite)
+
+    @contextmanager
+    def writing(self, stage: str, config_hash: str, locks: bool = True) -> Iterator[None]:
+        """Context: this run writes in a stage's folder, alone; a signal leaves STOPPED.json there."""
+        locks = self.on_main(lambda: locks)
+        lock = RunLock(self.experiment.stage(stage))
+        if locks:
+            self.on_main(lambda: lock.acquire() and None)
+        try:
+            yield
+        except Stopped as reason:
+            if if_main_process():
+                self.experiment.stopped(stage, config_hash, str(reason), **reason.facts)
+            raise
+        except torch.OutOfMemoryError as error:
+            kind = "eval" if stage.startswith("eval") else "measure"
+            raise memory_fault(error, self._model, self._batch, f"{kind}_batch_size") from None
+        finally:
+            if locks and if_main_process():
+                lock.release()
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Where encoder and decoder come from, and what identifies them."""
+        return {
+            side: {
+                "hub": self.hparams[f"{side}_hub"],
+                "revision": self.hparams[f"{side}_revision"],
+                "fingerprint": hub_fingerprint(
+                    self.hparams[f"{side}_hub"], self.hparams[f"{side}_revision"]
+                ),
+                "commit": hub_commit(self.hparams[f"{side}_hub"], self.hparams[f"{side}_revision"]),
+            }
+            for side in ("encoder", "decoder")
+        }
 
     def require_training(self) -> None:
         """Refuse to go on without a finished train stage, or with other data under the names it was trained on."""
@@ -135,7 +185,11 @@ class Workbench:
 
     def rows(self, key: str) -> list[Row]:
         """Rows of a manifest such as `librispeech/test-clean`."""
-        rows = read_manifest(self.manifest(key))
+        file = self.manifest(key)
+        if self.world_size > 1:
+            digest = sha256_file(file) if file.is_file() else None
+            check_agreement({f"the manifest {key}": digest})
+        rows = read_manifest(file)
         if self.run.flags.debug:
             rows = rows[:16]
         return rows
@@ -158,6 +212,7 @@ class Workbench:
 
     def make_utterances(self, key: str, rows: list[Row], shuffle_audio: bool = False) -> Utterances:
         """Like `utterances`, for chosen rows of a manifest."""
+        refuse_misfits(self.model, rows, key)
         audio_of = next_audio(rows) if shuffle_audio else None
         features = self.features(key) if self.hparams["cache_features"] else None
         return make_utterances(rows, self.model, features, audio_of)
@@ -172,22 +227,34 @@ class Workbench:
             read_summary(self.manifest(key)),
         )
         folder = Path(self.hparams["results_folder"]) / "features" / fingerprint
-        if not FeatureStore.exists(folder) and if_main_process():
-            every = make_utterances(read_manifest(self.manifest(key)), self.model)
-            index = sorted_batches(every.sizes, self.hparams["eval_batch_size"])
-            batches = every.loader(index, self.hparams["num_workers"])
-            write_store(folder, encoder, self.on_device(self.progress(batches, f"encoding {key}")))
-        ddp_barrier()
+        self.on_main(self._write_features, key, folder, encoder)
         return FeatureStore(folder)
 
-    def sorted_loader(self, utterances: Utterances, batch_size: int) -> Iterator[Batch]:
+    def _write_features(self, key: str, folder: Path, encoder: SpeechEncoder) -> None:
+        if FeatureStore.exists(folder):
+            return
+        rows = read_manifest(self.manifest(key))
+        every = make_utterances(
+            [row for row in rows if misfit(self.model, row, 1) is None], self.model
+        )
+        index = sorted_batches(every.sizes, self.hparams["eval_batch_size"])
+        batches = self.progress(every.loader(index, self.hparams["num_workers"]), f"encoding {key}")
+        write_store(folder, encoder, (batch.to(self.device) for batch in batches))
+
+    def sorted_loader(
+        self, utterances: Utterances, batch_size: int, batch_positions: int = 0
+    ) -> Iterator[Batch]:
         """This rank's share of a split, longest first, on the device."""
-        index = sorted_batches(utterances.sizes, batch_size, self.rank, self.world_size)
+        index = sorted_batches(
+            utterances.sizes, batch_size, self.rank, self.world_size, batch_positions
+        )
         return self.on_device(utterances.loader(index, self.hparams["num_workers"]))
 
     def on_device(self, batches: Any) -> Iterator[Batch]:
-        """Move batches to the device."""
-        return (batch.to(self.device) for batch in batches)
+        """Move batches to the device; before each, all ranks agree whether a signal asks them to stop."""
+        for batch in InStep(batches):
+            self._batch = batch
+            yield batch.to(self.device)
 
     @property
     def shows_progress(self) -> bool:
@@ -258,24 +325,6 @@ def next_audio(rows: list[Row]) -> dict[str, str]:
     """
     ordered = [row.ID for row in sorted(rows, key=lambda row: (row.duration, row.ID))]
     return dict(zip(ordered, ordered[1:] + ordered[:1], strict=True))
-
-
-def find_callable(dotted: str, allow_modules: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """The function that a dotted string names, from an allowed package.
-
-    Raises
-    ------
-    UserError
-    """
-    module, _, name = dotted.rpartition(".")
-    if module.split(".")[0] not in (*ALLOWED_MODULES, *allow_modules):
-        raise UserError(
-            f"prepare: {dotted!r} is not in an allowed package ({', '.join(ALLOWED_MODULES)})"
-        )
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"prepare: cannot find {dotted!r}: {error}") from None
 
 
 def text_batches(

@@ -93,6 +93,7 @@ def write_wavlm(folder: Path, feat_extract_norm: str, seed: int = 1) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = WavLMModel(config)
+        torch.manual_seed(seed)  # versions of transformers draw differently while they initialise
         _spread_out(model)
     model.save_pretrained(folder)
     Wav2Vec2FeatureExtractor(

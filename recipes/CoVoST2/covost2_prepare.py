@@ -122,6 +122,12 @@ def prepare_covost2(
     }
 
 
+def splits_in(data_folder: str | Path, manifest_folder: str | Path) -> list[str]:
+    """Splits that there are tables for, of the direction that the manifest folder's name says."""
+    variety = choose_variety(Path(manifest_folder), None, None, None)
+    return find_tables(data_folder, variety.source, variety.target).splits()
+
+
 def choose_variety(
     folder: Path, source: str | None, target: str | None, protocol: str | None
 ) -> Variety:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from speechllm_prune.data.preparation import (
 from speechllm_prune.runtime import UserError, verb
 
 AUDIO_SUFFIXES = (".flac", ".wav")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 OFFICIAL_UTTERANCES = {
     "train-clean-100": 28539,
     "train-clean-360": 104014,
@@ -91,23 +92,42 @@ def prepare_librispeech(
 
 # -------------------------------------------------------------------------------------- find splits
 def find_corpus(data_folder: str | Path) -> Path:
-    """The folder that holds the splits: `data_folder` itself or `data_folder/LibriSpeech`."""
+    """The folder that holds the splits: `data_folder` itself, `data_folder/LibriSpeech`, or the one folder in it."""
     folder = Path(os.path.abspath(data_folder))
     if not folder.is_dir():
         raise UserError(
             f"no such folder: {folder}. Name the corpus folder, or its parent (holding LibriSpeech/)"
         )
     for root in (folder / "LibriSpeech", folder):
-        if root.is_dir() and any(_has(split, ".trans.txt") for split in _folders(root)):
+        if root.is_dir() and _is_corpus(root):
             return root
+    roots = [] if _has(folder, ".trans.txt") else [c for c in _folders(folder) if _is_corpus(c)]
+    if len(roots) == 1:
+        return roots[0]
+    if roots:
+        raise UserError(
+            f"several folders in {folder} are in LibriSpeech layout: {', '.join(path.name for path in roots)}; name one"
+        )
     expected = "<split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt"
     if _has(folder, ".trans.txt"):
         raise UserError(
             f"{folder} looks like a split itself; name the folder that holds it: {folder.parent}"
         )
+    packed = sorted(path.name for path in folder.iterdir() if path.name.endswith(ARCHIVES))
+    hint = f"; unpack {', '.join(packed)} first (nothing is unpacked here)" if packed else ""
     raise UserError(
-        f"no transcripts in {folder}: expected {expected} there, or in its folder LibriSpeech"
+        f"no transcripts in {folder}: expected {expected} there, or in its folder LibriSpeech{hint}"
     )
+
+
+def _is_corpus(root: Path) -> bool:
+    return any(_has(split, ".trans.txt") for split in _folders(root))
+
+
+def splits_in(data_folder: str | Path, manifest_folder: str | Path) -> list[str]:
+    """Splits with transcripts, found without reading any of them."""
+    root = find_corpus(data_folder)
+    return sorted(folder.name for folder in _folders(root) if _has(folder, ".trans.txt"))
 
 
 def _choose_splits(root: Path, splits: Sequence[str] | None) -> list[str]:
@@ -160,6 +180,19 @@ def _has(split: Path, *suffixes: str) -> bool:
     )
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder at any depth, in order; links are followed, but into no folder twice."""
+    seen: set[str] = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and real not in seen
+        )
+        if real not in seen:
+            seen.add(real)
+            yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))
+
+
 # --------------------------------------------------------------------------------------- read splits
 @dataclass
 class _Scan:
@@ -174,31 +207,38 @@ class _Scan:
 def _scan(root: Path, split: str) -> _Scan:
     scan, digest = _Scan(), hashlib.sha256()
     origin: dict[str, str] = {}
-    for chapter in (c for speaker in _folders(root / split) for c in _folders(speaker)):
-        for name in _names(chapter):
-            path = chapter / name
-            relative = path.relative_to(root)
-            if name.lower().endswith(".trans.txt"):
-                content = path.read_bytes()
-                digest.update(f"{relative.as_posix()} {len(content)}\n".encode() + content)
-                for number, (utterance, text) in enumerate(
-                    _parse_transcript(path, content), start=1
-                ):
-                    if utterance in origin:
-                        raise UserError(
-                            f"the utterance id '{utterance}' occurs twice: {origin[utterance]} and {path}, "
-                            f"entry {number}"
-                        )
-                    origin[utterance] = f"{path}, entry {number}"
-                    scan.texts[utterance] = text
-            elif path.suffix.lower() in AUDIO_SUFFIXES:
-                digest.update(f"{relative.as_posix()} {path.stat().st_size}\n".encode())
-                if path.stem in scan.audio:
-                    scan.skipped.append((path.stem, "second audio file of an utterance"))
-                else:
-                    scan.audio[path.stem] = relative
+    for path in _files(root / split):
+        relative = path.relative_to(root)
+        if not _is_utf8(relative):
+            scan.skipped.append((ascii(path.name), "file name that is not UTF-8"))
+        elif path.name.lower().endswith(".trans.txt"):
+            content = path.read_bytes()
+            digest.update(f"{relative.as_posix()} {len(content)}\n".encode() + content)
+            for number, (utterance, text) in enumerate(_parse_transcript(path, content), start=1):
+                if utterance in origin:
+                    raise UserError(
+                        f"the utterance id '{utterance}' occurs twice: {origin[utterance]} and {path}, entry {number}"
+                    )
+                origin[utterance] = f"{path}, entry {number}"
+                scan.texts[utterance] = text
+        elif path.suffix.lower() in AUDIO_SUFFIXES:
+            size = path.stat().st_size if path.is_file() else -1  # a link that leads nowhere
+            digest.update(f"{relative.as_posix()} {size}\n".encode())
+            if path.stem in scan.audio:
+                scan.skipped.append((path.stem, "second audio file of an utterance"))
+            else:
+                scan.audio[path.stem] = relative
     scan.fingerprint = digest.hexdigest()
     return scan
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether a path can be written into a manifest: Linux also takes names that are no text."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_transcript(path: Path, content: bytes) -> Iterable[tuple[str, str]]:

@@ -76,8 +76,7 @@ def prepare_loquacious(
     UserError
         If a folder or split is missing, a shard cannot be read or lacks a column, or too much of a split is bad.
     """
-    root = find_corpus(data_folder)
-    found = sorted(folder.name for folder in _folders(root) if _shards(folder))
+    root, found = find_corpus(data_folder), splits_in(data_folder, manifest_folder)
     chosen = [name for name in found if name not in TRAINING_CONFIGS]
     if splits is not None:
         chosen = list(dict.fromkeys(splits))
@@ -90,6 +89,12 @@ def prepare_loquacious(
         split: _prepare_split(root, split, Path(manifest_folder), max_bad_share, skip_existing)
         for split in chosen
     }
+
+
+def splits_in(data_folder: str | Path, manifest_folder: str | Path) -> list[str]:
+    """Folders with shards, found without opening any of them."""
+    root = find_corpus(data_folder)
+    return sorted(folder.name for folder in _folders(root) if _shards(folder))
 
 
 def find_corpus(data_folder: str | Path) -> Path:

@@ -135,7 +135,7 @@ class EndlessBatchSampler:
         sizes: Sequence[int],
         batch_size: int,
         batch_positions: int = 0,
-        pool_batches: int = 50,
+        pool_batches: int = 100,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,

@@ -17,6 +17,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from speechllm_prune.data.audio import UNKNOWN_LENGTH, resampling_is_too_costly
 from speechllm_prune.data.batching import collate
 from speechllm_prune.data.features import FeatureStore
 from speechllm_prune.data.manifest import Row, split_wav
@@ -47,8 +48,11 @@ def read_audio(path: str | Path) -> Tensor:
     file, row = split_wav(str(path))
     source = file if row is None else io.BytesIO(read_audio_bytes(file, row))
     try:
-        samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+        with soundfile.SoundFile(source) as audio:
+            if audio.frames >= UNKNOWN_LENGTH:
+                raise UserError(f"{path} states no length; convert it")
+            samples, rate = audio.read(dtype="float32", always_2d=True), audio.samplerate
+    except (soundfile.SoundFileError, OSError) as error:
         raise UserError(f"cannot read the audio file {path}: {error}") from None
     return to_mono_16khz(torch.from_numpy(samples.T), rate, str(path))
 
@@ -57,9 +61,12 @@ def to_mono_16khz(samples: Tensor, rate: int, name: str) -> Tensor:
     """(channels, N) at any rate -> (N,) at 16 kHz, refused if empty or not finite."""
     if samples.numel() == 0:
         raise UserError(f"{name} holds no audio")
-    if not torch.isfinite(samples).all():
+    # A finite sum has finite terms, and costs a tenth of looking at each of them.
+    if not samples.sum().isfinite() and not samples.isfinite().all():
         raise UserError(f"{name} holds NaN or infinite samples")
-    mono = samples.mean(dim=0)
+    if resampling_is_too_costly(rate):
+        raise UserError(f"{name} has the sample rate {rate} Hz; convert it to 16000 Hz")
+    mono = samples[0] if len(samples) == 1 else samples.mean(dim=0)
     return torchaudio.functional.resample(mono, rate, SAMPLE_RATE) if rate != SAMPLE_RATE else mono
 
 
@@ -72,10 +79,17 @@ def read_utterance(row: Row) -> Tensor:
         As `read_audio`.
     """
     try:
-        return read_audio(row.wav)
+        wav = read_audio(row.wav)
+        seconds = len(wav) / SAMPLE_RATE
+        if abs(seconds - row.duration) > 0.1:
+            raise UserError(
+                f"{row.wav} is {seconds:.2f} s long, its manifest says {row.duration:.2f} s"
+            )
+        return wav
     except UserError as error:
         raise UserError(
-            f"utterance {row.ID}: {error}; repair the corpus, or prepare its manifest again to skip it"
+            f"utterance {row.ID}: {error}; repair the corpus, or prepare its manifest again with --overwrite, which "
+            "skips what is bad"
         ) from None
 
 
@@ -115,6 +129,7 @@ class Utterances:
             collate_fn=collate,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # an iterator draws a number; the run's own must not depend on it
         )
 
 
@@ -181,14 +196,55 @@ def make_utterances(
     return Utterances(list(rows), dataset, sizes)
 
 
+def misfit(model: Any, row: Row, num_targets: int) -> str | None:
+    """Why the model cannot take an utterance, or None. Nothing is ever cut to fit.
+
+    Arguments
+    ---------
+    model : SpeechLLM
+        Knows the encoder's limits and the decoder's positions.
+    row : Row
+        Manifest row.
+    num_targets : int
+        Target tokens that follow the prompt.
+    """
+    samples, limit = num_samples(row.duration), model.encoder.max_samples
+    window = getattr(model.decoder.config.get_text_config(), "max_position_embeddings", None)
+    if model.encoder.output_length(samples) < 1:
+        return "shorter than a frame of the encoder"
+    if limit is not None and samples > limit:
+        return f"longer than the {limit / SAMPLE_RATE:g} s that the encoder takes"
+    if window is not None and model.num_positions(samples, num_targets) > window:
+        return f"more than the {window} positions of the decoder"
+    return None
+
+
+def refuse_misfits(model: Any, rows: Sequence[Row], manifest: str) -> None:
+    """Refuse rows that are to be measured or scored, and that the model cannot take: leaving them out would flatter it.
+
+    Raises
+    ------
+    UserError
+        With their number and the first one.
+    """
+    found = [(row, why) for row in rows if (why := misfit(model, row, 1)) is not None]
+    if found:
+        row, why = found[0]
+        raise UserError(
+            f"{manifest}: the model cannot take {len(found)} of {len(rows)} utterances, first '{row.ID}' "
+            f"({row.duration:.2f} s: {why}); cut them into shorter pieces, or leave them out of the corpus"
+        )
+
+
 def filter_training_rows(
     rows: Sequence[Row],
     num_targets: Sequence[int],
     min_seconds: float = 0.0,
     max_seconds: float = 0.0,
     max_target_tokens: int = 0,
+    model: Any = None,
 ) -> tuple[list[Row], Counter[str]]:
-    """Length filters of training, each counted by its reason; 0 switches one off.
+    """Length filters of training, each counted by its reason; 0 switches one off. What `model` cannot take goes, too.
 
     Returns
     -------
@@ -203,6 +259,8 @@ def filter_training_rows(
             dropped[f"longer than {max_seconds} s"] += 1
         elif max_target_tokens and tokens > max_target_tokens:
             dropped[f"more than {max_target_tokens} target tokens"] += 1
+        elif model is not None and (reason := misfit(model, row, tokens)) is not None:
+            dropped[reason] += 1
         else:
             kept.append(row)
     if not kept:

@@ -5,11 +5,15 @@ Shapes: B sequences, T positions, H decoder width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from speechllm_prune.models.encoder import explain_hub_errors
 from speechllm_prune.runtime import UserError
@@ -71,6 +75,8 @@ def load_decoder(
                 dtype=dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
+                weights_only=True,
+                trust_remote_code=False,
             )
         except ValueError as error:
             if "attention implementation" not in str(error) or attention == "eager":
@@ -102,7 +108,7 @@ def load_tokenizer(hub: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with explain_hub_errors(hub, "decoder_hub"):
-        return AutoTokenizer.from_pretrained(hub, revision=revision)
+        return AutoTokenizer.from_pretrained(hub, revision=revision, trust_remote_code=False)
 
 
 def check_supported(decoder: Any) -> None:
@@ -195,6 +201,12 @@ def resolve_token_ids(decoder: Any, tokenizer: Any) -> TokenIds:
     known = [int(token) for token in candidates if token is not None]
     if not known:
         raise UserError("the decoder's tokenizer and config name no end-of-sequence token")
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the decoder {rows} embeddings: they do not belong "
+            "together; decoder_hub must hold both of one model"
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else known[0]
     # The config's eos of a base checkpoint and the tokenizer's may differ in instruct models: any of them ends a text.
     return TokenIds(bos=tokenizer.bos_token_id, eos=known[0], stop=frozenset(known), pad=int(pad))
@@ -209,6 +221,46 @@ def _as_list(value: Any) -> list[int]:
 def decoder_layers(decoder: Any) -> Any:
     """The `ModuleList` of decoder layers of a causal LM."""
     return decoder.get_decoder().layers
+
+
+@contextmanager
+def training_layers(
+    decoder: Any, checkpointing: bool, compiled: bool, backend: str = "inductor"
+) -> Iterator[None]:
+    """Context: how the layers run while gradients are computed. Decoding and measuring run them as they are.
+
+    Arguments
+    ---------
+    decoder : PreTrainedModel
+        A causal LM. It may stay in eval mode, as a frozen decoder does: transformers' own switches would not act then.
+    checkpointing : bool
+        Keep only a layer's input for the backward pass, which computes the rest again.
+    compiled : bool
+        Through torch.compile, whatever the length of the batch.
+    backend : str
+        Of torch.compile.
+    """
+    layers = list(decoder_layers(decoder)) if checkpointing or compiled else []
+    for layer in layers:
+        layer.forward = _while_training(layer.forward, checkpointing, compiled, backend)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own comes back
+
+
+def _while_training(
+    forward: Callable[..., Any], checkpointing: bool, compiled: bool, backend: str
+) -> Callable[..., Any]:
+    trained = torch.compile(forward, dynamic=True, backend=backend) if compiled else forward
+    if checkpointing:
+        trained = partial(checkpoint, trained, use_reentrant=False)
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (trained if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return either
 
 
 def lm_logits(decoder: Any, hidden: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ Shapes: B utterances, N samples at 16 kHz, T frames, D encoder width.
 from __future__ import annotations
 
 import math
-import warnings
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,6 @@ from torch.nn.utils.rnn import pad_sequence
 from speechllm_prune.runtime import UserError
 
 SAMPLE_RATE = 16000
-
-# transformers' WavLM gives torch a boolean mask beside a float position bias; right, but torch warns at every start.
-warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
 
 
 class SpeechEncoder(nn.Module):
@@ -113,6 +111,10 @@ class WaveEncoder(SpeechEncoder):
         self.do_normalize = do_normalize
         # 'group' normalises the first convolution over time, so that padding would shift every frame of the utterance.
         self.norm_over_time = model.config.feat_extract_norm == "group"
+        if model.config.model_type == "wavlm":
+            for layer in model.encoder.layers:
+                attention = layer.attention
+                attention.torch_multi_head_self_attention = partial(wavlm_attention, attention)
 
     def output_length(self, num_samples: int) -> int:
         for kernel, stride in zip(
@@ -132,7 +134,7 @@ class WaveEncoder(SpeechEncoder):
         else:
             padded = pad_sequence(rows, batch_first=True).to(self.dtype)
             features = self.model.feature_extractor(padded).transpose(1, 2)  # (B, T, C)
-        true = torch.tensor(frame_lengths, device=wavs.device)
+        true = torch.tensor(frame_lengths).to(wavs.device, non_blocking=True)  # waits for nothing
         mask = torch.arange(features.shape[1], device=wavs.device) < true[:, None]  # (B, T)
         hidden, _ = self.model.feature_projection(features)
         return self.model.encoder(hidden, attention_mask=mask).last_hidden_state
@@ -141,6 +143,37 @@ class WaveEncoder(SpeechEncoder):
         if not self.do_normalize:
             return wav
         return (wav - wav.mean()) / torch.sqrt(wav.var(unbiased=False) + 1e-7)
+
+
+def wavlm_attention(
+    attention: Any, hidden: Tensor, mask: Tensor | None, gated_bias: Tensor
+) -> tuple[Tensor, None]:
+    """WavLM's attention through `scaled_dot_product_attention`, in the place of one that also returns its weights.
+
+    transformers always asks torch for the weights, which makes torch write and keep every (T, T) step of them.
+
+    Arguments
+    ---------
+    attention : WavLMAttention
+        For its projections.
+    hidden : Tensor
+        (B, T, D).
+    mask : Tensor or None
+        (B, T), true on real frames.
+    gated_bias : Tensor
+        (B * heads, T, T) gated position bias, which is written to.
+    """
+    batch, frames, width = hidden.shape
+    heads = attention.num_heads
+    query, key, value = (
+        projection(hidden).view(batch, frames, heads, -1).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    bias = gated_bias.view(batch, heads, frames, frames)
+    if mask is not None:
+        bias.masked_fill_(~mask[:, None, None], -math.inf)
+    found = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return attention.out_proj(found.transpose(1, 2).reshape(batch, frames, width)), None
 
 
 class WhisperFeatures(SpeechEncoder):
@@ -211,14 +244,19 @@ def load_encoder(
     from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
     with explain_hub_errors(hub, "encoder_hub"):
-        config = AutoConfig.from_pretrained(hub, revision=revision)
+        config = AutoConfig.from_pretrained(hub, revision=revision, trust_remote_code=False)
         kinds = ("wavlm", "wav2vec2", "hubert", "whisper")
         if config.model_type not in kinds:
             raise UserError(
                 f"encoder_hub {hub!r} is a {config.model_type!r} model; supported are {', '.join(kinds)}"
             )
-        extractor = AutoFeatureExtractor.from_pretrained(hub, revision=revision)
-        model = AutoModel.from_pretrained(hub, revision=revision, dtype=dtype)
+        extractor = AutoFeatureExtractor.from_pretrained(
+            hub, revision=revision, trust_remote_code=False
+        )
+        # safetensors where there are any; WavLM's own repository has only a pickle, read as tensors and nothing else.
+        model = AutoModel.from_pretrained(
+            hub, revision=revision, dtype=dtype, weights_only=True, trust_remote_code=False
+        )
     if extractor.sampling_rate != SAMPLE_RATE:
         raise UserError(
             f"encoder_hub {hub!r} expects {extractor.sampling_rate} Hz; only 16000 Hz encoders are supported"
@@ -250,6 +288,7 @@ class explain_hub_errors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
+        from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         if isinstance(error, (OSError, HfHubHTTPError, LocalEntryNotFoundError)):
@@ -261,10 +300,17 @@ class explain_hub_errors:
                 if Path(self.hub).is_dir()
                 else (
                     f"download it on a machine with internet by `hf download {self.hub}` (accept the licence on its "
-                    f"page first if it is gated) and copy the cache, or give a local folder: --{self.key} FOLDER"
+                    f"page first if it is gated; --revision R if {self.key.replace('hub', 'revision')} is set) and "
+                    f"copy the cache, which is looked for in {HF_HUB_CACHE} (HF_HUB_CACHE names another place), or "
+                    f"give a local folder: --{self.key} FOLDER"
                 )
             )
             raise UserError(f"{self.key}: cannot load {self.hub!r}: {where}. ({reason})") from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(
+                f"{self.key}: the weights of {self.hub!r} are a pickle that holds more than tensors, which could run "
+                "code: refused. Use a copy in safetensors (model.safetensors)"
+            ) from None
         if isinstance(error, ValueError):  # transformers' word for a model of another kind
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(

@@ -10,13 +10,17 @@ Validation and evaluation come on top. docs/REPRODUCING.md shows the result for 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speechllm_prune.hparams import load_hparams
-from speechllm_prune.models.facts import decoder_facts, encoder_facts
+from speechllm_prune.models.facts import DecoderFacts, EncoderFacts, decoder_facts, encoder_facts
 from speechllm_prune.runtime import UserError, verb
+
+if TYPE_CHECKING:
+    from speechllm_prune.models.speechllm import SpeechLLM
 
 H100, RTX3090 = 989e12, 71e12
 """Peak dense bf16 operations per second, as published."""
@@ -138,24 +142,14 @@ def estimate(hparams: dict[str, Any], num_gpus: int = 2, peak: float = H100) -> 
     seconds, batch = SECONDS[corpus], hparams["batch_size"]
     positions = batch * (POSITIONS_PER_SECOND * seconds + PROMPT_POSITIONS)
     labels = batch * LABELS_PER_SECOND * seconds
-    embedding = config["vocab_size"] * width
-    body = decoder.num_parameters - embedding * (1 if config["tie_word_embeddings"] else 2)
-    # Frozen weights: forward and the gradient to the inputs, 2 + 2 operations per weight, and none for the weights.
-    operations = 4 * body * (positions + labels) + 4 * embedding * labels
-    operations += 6 * projector * batch * POSITIONS_PER_SECOND * seconds
-    operations += batch * _encoder_operations(encoder, seconds)
+    operations = step_operations(decoder, encoder, projector, batch, seconds)
     encoder_layers = encoder.config.get("num_hidden_layers") or encoder.config["encoder_layers"]
     launches = LAUNCH_SECONDS * (encoder_layers + 2.5 * layers)
     micro_batches = hparams["grad_accumulation_factor"]
     step = micro_batches * max(operations / (PEAK_SHARE * peak), launches)
     utterances = hparams["num_steps"] * batch * num_gpus * micro_batches
-    heads = config["num_attention_heads"]
-    kept = 8 * width + 8 * heads * config.get("head_dim", width // heads)
-    kept = layers * (
-        kept + 6 * config["intermediate_size"]
-    )  # bytes that a position leaves for the backward pass
-    memory = 2 * (decoder.num_parameters + encoder.num_parameters) + 16 * (projector + adapters)
-    memory += (positions + labels) * kept + 12 * labels * config["vocab_size"]
+    weights = 2 * (decoder.num_parameters + encoder.num_parameters) + 4 * (projector + adapters)
+    memory = step_memory(config, weights, projector + adapters, positions + labels, labels)
     return Estimate(
         num_layers=layers,
         encoder=encoder.num_parameters,
@@ -166,6 +160,87 @@ def estimate(hparams: dict[str, Any], num_gpus: int = 2, peak: float = H100) -> 
         step_seconds=step,
         hours=hparams["num_steps"] * step / 3600,
         memory_gib=memory / 2**30,
+    )
+
+
+def step_operations(
+    decoder: DecoderFacts, encoder: EncoderFacts, projector: int, batch: int, seconds: float
+) -> float:
+    """Floating-point operations of a training step on `batch` utterances of `seconds`.
+
+    Frozen weights: forward and the gradient to the inputs, 2 + 2 operations per weight, and none for the weights.
+    """
+    config = decoder.config
+    embedding = config["vocab_size"] * config["hidden_size"]
+    body = decoder.num_parameters - embedding * (1 if config["tie_word_embeddings"] else 2)
+    labels = LABELS_PER_SECOND * seconds
+    positions = POSITIONS_PER_SECOND * seconds + PROMPT_POSITIONS
+    operations = 4 * body * (positions + labels) + 4 * embedding * labels
+    operations += 6 * projector * POSITIONS_PER_SECOND * seconds
+    return batch * (operations + _encoder_operations(encoder, seconds))
+
+
+def step_memory(
+    config: Mapping[str, Any],
+    weight_bytes: int,
+    num_trained: int,
+    positions: float,
+    labels: float,
+    element_size: int = 2,
+    checkpointing: bool = False,
+) -> float:
+    """Bytes at the peak of a training step with Adam.
+
+    Arguments
+    ---------
+    config : mapping
+        Of the decoder.
+    weight_bytes : int
+        Of the whole model as it lies in memory.
+    num_trained : int
+        Parameters that are trained (fp32).
+    positions : float
+        Decoder positions of the micro-batch.
+    labels : float
+        Label rows whose logits are in memory at once.
+    element_size : int
+        Bytes of a frozen weight.
+    checkpointing : bool
+        Whether layers keep only their input.
+    """
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    attention = heads * (config.get("head_dim") or width // heads)
+    # what a position leaves in a layer for the backward pass: frozen matrices keep nothing
+    kept = (4 * width + 4 * attention + 3 * config["intermediate_size"]) * element_size
+    layers = config["num_hidden_layers"]
+    body = layers * width * element_size + kept if checkpointing else layers * kept
+    return weight_bytes + 12 * num_trained + positions * body + 12 * labels * config["vocab_size"]
+
+
+def training_memory(model: SpeechLLM, names: Collection[str], positions: int, **how: Any) -> float:
+    """`step_memory` of a model at hand, for its largest micro-batch.
+
+    Arguments
+    ---------
+    model : SpeechLLM
+    names : collection of str
+        Parameters that are trained.
+    positions : int
+        Padded decoder positions of the micro-batch.
+    **how
+        `checkpointing` of `step_memory`.
+    """
+    parameters = dict(model.named_parameters())
+    weights = sum(p.numel() * p.element_size() for p in parameters.values())
+    labels = positions * LABELS_PER_SECOND / (LABELS_PER_SECOND + POSITIONS_PER_SECOND)
+    return step_memory(
+        model.decoder.config.get_text_config().to_dict(),
+        weights,
+        sum(parameters[name].numel() for name in names),
+        positions,
+        min(labels, model.loss_chunk_rows or labels),
+        model.decoder.get_input_embeddings().weight.element_size(),
+        **how,
     )
 
 

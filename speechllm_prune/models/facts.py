@@ -223,21 +223,21 @@ def encoder_facts(hub: str) -> EncoderFacts:
     return ENCODERS[hub]
 
 
-def meta_decoder(hub: str) -> Any:
-    """A decoder of full size on the meta device: shapes and names without a single weight."""
+def meta_decoder(hub: str, **changes: Any) -> Any:
+    """A decoder on the meta device: shapes and names without a single weight; of full size but for `changes`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     facts = decoder_facts(hub)
     with torch.device("meta"):
         decoder = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(facts.model_type, **facts.config)
+            AutoConfig.for_model(facts.model_type, **facts.config | changes)
         )
     return decoder.requires_grad_(False).eval()
 
 
-def meta_encoder(hub: str, output_norm: str = "none") -> Any:
-    """A wrapped encoder of full size on the meta device."""
+def meta_encoder(hub: str, output_norm: str = "none", **changes: Any) -> Any:
+    """A wrapped encoder on the meta device, of full size but for `changes`."""
     import torch
     from transformers import AutoConfig, AutoModel, WhisperFeatureExtractor
 
@@ -245,7 +245,9 @@ def meta_encoder(hub: str, output_norm: str = "none") -> Any:
 
     facts = encoder_facts(hub)
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.for_model(facts.model_type, **facts.config))
+        model = AutoModel.from_config(
+            AutoConfig.for_model(facts.model_type, **facts.config | changes)
+        )
     if facts.model_type == "whisper":
         extractor = WhisperFeatureExtractor(feature_size=facts.config["num_mel_bins"])
         return WhisperFeatures(model.encoder, extractor, output_norm)

@@ -49,7 +49,7 @@ def stack_frames(
     """
     batch, frames, width = features.shape
     stacks = stacked_length(frames, frame_stack)
-    true = torch.tensor(lengths, device=features.device)
+    true = torch.tensor(lengths).to(features.device, non_blocking=True)  # waits for nothing
     inside = torch.arange(frames, device=features.device) < true[:, None]  # (B, T)
     # where, not a product: whatever stands in the padding (even NaN) must not get through.
     features = torch.where(inside[..., None], features, features.new_zeros(()))

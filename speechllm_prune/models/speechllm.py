@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from speechllm_prune.models.decoder import TokenIds, lm_logits, resolve_token_ids
 from speechllm_prune.models.encoder import SpeechEncoder
+from speechllm_prune.models.loss import LossSums, loss_sums
 from speechllm_prune.models.projector import stack_frames, stacked_length
-from speechllm_prune.prune.distill import TeacherRows, divergence
+from speechllm_prune.prune.distill import TeacherRows
 from speechllm_prune.runtime import UserError
 
 if TYPE_CHECKING:
@@ -52,14 +53,6 @@ class DecoderInputs(NamedTuple):
     position_ids: Tensor
     label_rows: Tensor
     labels: Tensor
-
-
-class LossSums(NamedTuple):
-    """Sums over all labels of a batch, so that means can be taken over any number of batches and ranks."""
-
-    loss: Tensor
-    num_labels: Tensor
-    num_correct: Tensor
 
 
 @dataclass
@@ -105,6 +98,10 @@ class SpeechLLM(nn.Module):
         asr | ast.
     max_tokens_per_second : float
         Cap on the length of a hypothesis.
+    loss_chunk_rows : int
+        Label rows whose logits are in memory at once while training; 0 for all.
+    decode_graphs : str
+        never | auto | always, see `search.greedy_search`.
     """
 
     def __init__(
@@ -118,6 +115,8 @@ class SpeechLLM(nn.Module):
         text_case: str = "lower",
         task: str = "asr",
         max_tokens_per_second: float = 12.0,
+        loss_chunk_rows: int = 0,
+        decode_graphs: str = "never",
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -129,6 +128,7 @@ class SpeechLLM(nn.Module):
         self.text_case = text_case
         self.task = task
         self.max_tokens_per_second = max_tokens_per_second
+        self.loss_chunk_rows, self.decode_graphs = loss_chunk_rows, decode_graphs
         self.tasks: dict[str, TaskParts] = {}
         """All tasks of an export that holds several; empty otherwise. `use_task` switches."""
         self.token_ids: TokenIds = resolve_token_ids(decoder, tokenizer)
@@ -195,6 +195,10 @@ class SpeechLLM(nn.Module):
         DecoderInputs
         """
         device = speech.device
+
+        def on_device(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)  # a blocking copy waits for the encoder
+
         targets = (
             [list(ids) for ids in target_ids]
             if target_ids is not None
@@ -202,17 +206,14 @@ class SpeechLLM(nn.Module):
         )
         tokens = [torch.tensor(self.prompt_ids + target, dtype=torch.long) for target in targets]
         text = self.decoder.get_input_embeddings()(
-            pad_sequence(tokens, batch_first=True, padding_value=self.token_ids.pad).to(device)
+            on_device(pad_sequence(tokens, batch_first=True, padding_value=self.token_ids.pad))
         )
         rows = [
             torch.cat([speech[i, :length].to(text.dtype), text[i, : len(tokens[i])]])
             for i, length in enumerate(speech_lengths)
         ]
-        mask = pad_sequence(
-            [torch.ones(len(row), dtype=torch.long) for row in rows],
-            batch_first=True,
-            padding_side=padding_side,
-        ).to(device)
+        ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
+        mask = on_device(pad_sequence(ones, batch_first=True, padding_side=padding_side))
         index: list[int] = []
         position: list[int] = []
         labels: list[int] = []
@@ -229,8 +230,8 @@ class SpeechLLM(nn.Module):
             inputs_embeds=pad_sequence(rows, batch_first=True, padding_side=padding_side),
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            label_rows=torch.tensor([index, position], dtype=torch.long).to(device),
-            labels=torch.tensor(labels, dtype=torch.long).to(device),
+            label_rows=on_device(torch.tensor([index, position], dtype=torch.long)),
+            labels=on_device(torch.tensor(labels, dtype=torch.long)),
         )
 
     def inputs_for(
@@ -242,8 +243,8 @@ class SpeechLLM(nn.Module):
             speech, lengths, batch.target_ids if targets else None, padding_side
         )
 
-    def label_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(M, V) logits and (M,) labels of the rows that predict a label; no other row passes the output layer."""
+    def label_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(M, H) states after the final norm and (M,) labels of the rows that predict a label."""
         inputs = self.inputs_for(batch)
         hidden = self.decoder.get_decoder()(
             inputs_embeds=inputs.inputs_embeds,
@@ -251,8 +252,12 @@ class SpeechLLM(nn.Module):
             position_ids=inputs.position_ids,
             use_cache=False,
         ).last_hidden_state
-        rows = hidden[inputs.label_rows[0], inputs.label_rows[1]]
-        return lm_logits(self.decoder, rows), inputs.labels
+        return hidden[inputs.label_rows[0], inputs.label_rows[1]], inputs.labels
+
+    def label_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(M, V) logits and (M,) labels of the rows that predict a label; no other row passes the output layer."""
+        rows, labels = self.label_states(batch)
+        return lm_logits(self.decoder, rows), labels
 
     def forward(self, batch: Batch, teacher: TeacherRows | None = None) -> LossSums:
         """Teacher-forced loss, summed over the labels.
@@ -263,15 +268,8 @@ class SpeechLLM(nn.Module):
         teacher : TeacherRows, optional
             Of the unpruned model, for the batch's labels: its weighted divergence is added to the cross-entropy.
         """
-        logits, labels = self.label_logits(batch)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        if teacher is not None:
-            loss = loss + teacher.beta * divergence(teacher, logits)
-        return LossSums(
-            loss=loss,
-            num_labels=torch.tensor(len(labels), device=logits.device),
-            num_correct=(logits.argmax(-1) == labels).sum(),
-        )
+        rows, labels = self.label_states(batch)
+        return loss_sums(self.decoder, rows, labels, teacher, self.loss_chunk_rows)
 
     # ------------------------------------------------------------ for users of a finished model
 

@@ -44,6 +44,10 @@ class TeacherRows(NamedTuple):
         """Move to a device."""
         return TeacherRows(self.log_probs.to(device), self.token_ids.to(device), self.beta)
 
+    def rows(self, some: slice) -> TeacherRows:
+        """Some of the label rows."""
+        return TeacherRows(self.log_probs[some], self.token_ids[some], self.beta)
+
 
 def teacher_rows(logits: Tensor, top: int) -> TeacherRows:
     """The K most likely tokens of each row: (M, V) logits -> `TeacherRows`."""

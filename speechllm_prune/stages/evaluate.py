@@ -55,13 +55,22 @@ def evaluate(bench: Workbench, variant_name: str, must_exist: bool = True) -> No
         return
     if variant.start_layer is None:
         for key in todo:
-            _evaluate_split(bench, name, variant, None, key)
+            _evaluate_alone(bench, name, variant, None, key)
         return
     plan = read_plan(bench.experiment, variant)
     heal_state = read_heal_state(bench.experiment, variant)
     with cut(bench.model, plan, heal_state):
         for key in todo:
-            _evaluate_split(bench, name, variant, plan, key)
+            _evaluate_alone(bench, name, variant, plan, key)
+
+
+def _evaluate_alone(
+    bench: Workbench, name: str, variant: Variant, plan: PrunePlan | None, key: str
+) -> None:
+    folder = _eval_folder(bench, name, key)
+    stage = folder.relative_to(bench.experiment.root).as_posix()
+    with bench.writing(stage, bench.run.config_hash("evaluate")):
+        _evaluate_split(bench, name, variant, plan, key)
 
 
 def _is_evaluable(bench: Workbench, key: str, must_exist: bool) -> bool:
@@ -97,15 +106,35 @@ def _evaluate_split(
     bench: Workbench, name: str, variant: Variant, plan: PrunePlan | None, key: str
 ) -> None:
     utterances = bench.utterances(key, bench.hparams["shuffle_audio"])
-    batches = bench.sorted_loader(utterances, bench.hparams["eval_batch_size"])
+    batches = bench.sorted_loader(
+        utterances, bench.hparams["eval_batch_size"], bench.hparams["eval_batch_positions"]
+    )
     # with the weights that an export ships; the adapters come back afterwards
     with merged_adapters(bench.model.decoder), Meter(bench.device) as meter:
-        mine = decode(bench.model, bench.progress(batches, f"{name} on {key}"))
-    by_id = {hypothesis.id: hypothesis for hypothesis in gather(mine)}
+        parts = [
+            decode(bench.model, [batch])
+            for batch in meter.warmed(bench.progress(batches, f"{name} on {key}"))
+        ]
+    ranks = gather([(parts, meter)])
+    by_id = {h.id: h for parts, _ in ranks for part in parts for h in part}
     hypotheses = [by_id[row.ID] for row in utterances.rows]
     if if_main_process():
-        _write_scores(bench, name, variant, plan, key, hypotheses, meter)
+        _write_scores(bench, name, variant, plan, key, hypotheses, _speed(ranks))
     ddp_barrier()
+
+
+def _speed(ranks: list[tuple[list[list[Hypothesis]], Meter]]) -> dict[str, Any]:
+    """Of all ranks together, each one's first batch left out where it has another."""
+    timed = [h for parts, _ in ranks for part in parts[len(parts) > 1 :] for h in part]
+    seconds = max(meter.seconds - meter.warmup_seconds for _, meter in ranks)
+    num_tokens = sum(h.num_tokens + (not h.capped) for h in timed)
+    return {
+        "rtfx": sum(h.duration for h in timed) / seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "timed_utterances": len(timed),
+        "seconds": max(meter.seconds for _, meter in ranks),
+        "peak_memory_bytes": max(meter.peak_memory_bytes for _, meter in ranks),
+    }
 
 
 def _write_scores(
@@ -115,14 +144,15 @@ def _write_scores(
     plan: PrunePlan | None,
     key: str,
     hypotheses: list[Hypothesis],
-    meter: Meter,
+    speed: dict[str, Any],
 ) -> None:
     hparams, folder = bench.hparams, _eval_folder(bench, name, key)
     task = TASKS[hparams["task"]]
     ids, refs, hyps = ([getattr(h, part) for h in hypotheses] for part in ("id", "ref", "hyp"))
     result = score(task, ids, refs, hyps, hparams["target_language"])
     rows = [asdict(h) | counts for h, counts in zip(hypotheses, result.rows, strict=True)]
-    (folder / "metrics.json").unlink(missing_ok=True)
+    for old in ("metrics.json", "STOPPED.json"):
+        (folder / old).unlink(missing_ok=True)
     write_text(folder / "hyps.jsonl", "".join(json_line(row) for row in rows))
     write_text(folder / f"{task.metric}.txt", result.report)
     corpus, split = key.split("/")
@@ -144,14 +174,16 @@ def _write_scores(
         "tag": Variant.parse(name).tag,
         "experiment_name": hparams["experiment_name"],
         "seed": hparams["seed"],
+        "models": bench.models(),
         **result.facts,
         **manifest_facts(read_summary(bench.manifest(key)), ids, result.rows),
-        "rtfx": sum(h.duration for h in hypotheses) / meter.seconds,
-        "seconds": meter.seconds,
-        "peak_memory_bytes": meter.peak_memory_bytes,
+        **speed,
+        "eval_batch_size": hparams["eval_batch_size"],
+        "eval_batch_positions": hparams["eval_batch_positions"],
         "num_parameters": num_parameters(bench.model),
         "decoder_parameters": num_parameters(bench.model.decoder),
         "num_capped": sum(h.capped for h in hypotheses),
+        "num_repetitions": sum(h.looped for h in hypotheses),
         "precision": str(bench.dtype).removeprefix("torch."),
         "device": bench.device,
         "features_cached": hparams["cache_features"],
@@ -160,7 +192,9 @@ def _write_scores(
     record = provenance(bench.run.config_hash("evaluate"), inputs, bench.experiment.root) | facts
     write_json(folder / "metrics.json", record)
     print(
-        f"{name} on {key}: {task.metric.upper()} {result.value:.2f} %  ({len(hypotheses)} utterances)"
+        f"{name} on {key}: {task.metric.upper()} {result.value:.2f} %  ({len(hypotheses)} utterances, "
+        f"{facts['num_capped']} cut off at the cap, {facts['num_repetitions']} with a loop; "
+        f"{facts['rtfx']:.1f} x real time)"
     )
 
 

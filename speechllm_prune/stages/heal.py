@@ -23,6 +23,7 @@ from speechllm_prune.prune.compensate import (
 from speechllm_prune.prune.distill import TeacherRows, TeacherStore, ask_teacher
 from speechllm_prune.prune.lora import LoraSettings
 from speechllm_prune.prune.surgery import PrunePlan
+from speechllm_prune.ranks import agreed_maximum
 from speechllm_prune.restore import EXTRAS, HealState, cut
 from speechllm_prune.runtime import UserError
 from speechllm_prune.training import fit, training_sampler, training_utterances
@@ -71,8 +72,16 @@ def heal(bench: Workbench, plan: PrunePlan, mode: str, tag: str = "") -> str:
     variant = Variant(plan.start_layer, plan.block_size, mode, tag, plan.control)
     stage, config_hash = f"heal/{variant.name}", bench.run.config_hash("heal")
     _check(bench, plan, mode)
-    if not bench.begin(stage, config_hash):
-        return variant.name
+    with bench.working_on(stage, config_hash) as todo:
+        if todo:
+            _heal(bench, plan, variant, stage, config_hash)
+    return variant.name
+
+
+def _heal(
+    bench: Workbench, plan: PrunePlan, variant: Variant, stage: str, config_hash: str
+) -> None:
+    hparams, mode = bench.hparams, variant.heal_mode
     state = HealState(
         mode,
         LoraSettings(
@@ -89,13 +98,13 @@ def heal(bench: Workbench, plan: PrunePlan, mode: str, tag: str = "") -> str:
             inputs = [bench.experiment.stage("train") / "DONE.json"]
             bench.experiment.finish(stage, config_hash, inputs, **facts)
         ddp_barrier()
-        return variant.name
+        return
     teacher = make_teacher(bench) if hparams["heal_kl_beta"] > 0 else None
+    model = bench.model  # loading it draws random numbers: before the seed, as in a sweep
     # One seed for all modes and the control: same adapters at the start, same data in the same order.
     bench.seed("heal")
-    with cut(bench.model, plan, state) as names:
+    with cut(model, plan, state) as names:
         fit(bench, stage, "heal", names, hparams["heal_steps"], config_hash, teacher, **facts)
-    return variant.name
 
 
 def check_request(mode: str, compensate: bool, control: bool) -> None:
@@ -181,12 +190,14 @@ def make_teacher(bench: Workbench) -> Callable[[Batch], TeacherRows]:
     needed = sorted({index for batch in order for index in batch})
     file = _teacher_file(bench, len(utterances.rows))
     store = TeacherStore.load(file) if file.is_file() else None
-    if store is None or any(utterances.rows[index].ID not in store for index in needed):
+    missing = store is None or any(utterances.rows[index].ID not in store for index in needed)
+    if agreed_maximum(missing)[0]:  # all ranks go through their batches, or none does
         batches = _batches_of(bench, utterances, needed)
         store = ask_teacher(
             bench.model, bench.progress(batches, "asking the teacher"), hparams["heal_kl_top"]
         )
         store.save(file)
+    assert store is not None
     kept, beta = store, float(hparams["heal_kl_beta"])
     return lambda batch: kept.rows_of(batch.ids, beta).to(bench.model.device)
 

@@ -21,6 +21,7 @@ from speechllm_prune.hparams import hub_fingerprint
 from speechllm_prune.models.decoder import load_decoder, resolve_token_ids
 from speechllm_prune.prune.distance import Distances, measure_distances
 from speechllm_prune.prune.path import bootstrap_share, path_margins, pruning_path
+from speechllm_prune.ranks import InStep
 from speechllm_prune.runtime import UserError
 from speechllm_prune.workbench import Workbench, text_batches
 
@@ -40,18 +41,19 @@ def measure(bench: Workbench) -> Path:
             "last_token 'prompt' has no meaning with measure_input text: there is no prompt"
         )
     folder = bench.experiment.stage(stage)
-    if not bench.begin(stage, config_hash):
-        return folder
-    bench.seed("measure")
-    distances = _measure_text(bench, sentences) if text_mode else _measure_speech(bench)
-    if if_main_process():
-        inputs = [Path(hparams["text_file"])] if text_mode and hparams["text_file"] else []
-        inputs += [bench.manifest(hparams["measure_manifest"])] if not inputs else []
-        if needs_training:
-            inputs.append(bench.experiment.stage("train") / "DONE.json")
-        _write_measure(bench, folder, distances, config_hash, inputs)
-        bench.experiment.finish(stage, config_hash, inputs)
-    ddp_barrier()
+    with bench.working_on(stage, config_hash) as todo:
+        if not todo:
+            return folder
+        bench.seed("measure")
+        distances = _measure_text(bench, sentences) if text_mode else _measure_speech(bench)
+        if if_main_process():
+            inputs = [Path(hparams["text_file"])] if text_mode and hparams["text_file"] else []
+            inputs += [bench.manifest(hparams["measure_manifest"])] if not inputs else []
+            if needs_training:
+                inputs.append(bench.experiment.stage("train") / "DONE.json")
+            _write_measure(bench, folder, distances, config_hash, inputs)
+            bench.experiment.finish(stage, config_hash, inputs)
+        ddp_barrier()
     return folder
 
 
@@ -116,9 +118,10 @@ def _measure_text(bench: Workbench, sentences: list[str]) -> Distances:
     ids = resolve_token_ids(decoder, tokenizer)
     sequences = [encode_text(tokenizer, text, hparams["text_case"], ids.stop) for text in sentences]
     mine = sequences[bench.rank :: bench.world_size]
-    batches = text_batches(mine, hparams["measure_batch_size"], ids.pad, bench.device)
+    batches = list(text_batches(mine, hparams["measure_batch_size"], ids.pad, bench.device))
     numbered = (
-        batch | {"index": bench.rank + bench.world_size * batch["index"]} for batch in batches
+        batch | {"index": bench.rank + bench.world_size * batch["index"]}
+        for batch in InStep(batches)
     )
     return measure_distances(decoder, bench.progress(numbered, "measuring"))
 
@@ -167,6 +170,7 @@ def _write_measure(
         "num_layers": len(matrix),
         "count": distances.count,
         "decoder_hub": hparams["decoder_hub"],
+        "decoder_fingerprint": bench.models()["decoder"]["fingerprint"],
         "path": {str(n): start for n, start in path.items()},
         "margin": {str(n): margin for n, margin in path_margins(matrix).items()},
         "bootstrap_share": {

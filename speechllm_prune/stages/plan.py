@@ -12,13 +12,11 @@ from speechllm_prune.experiment import (
     write_json,
 )
 from speechllm_prune.hparams import hub_fingerprint
+from speechllm_prune.keys import NAMED_PATHS
 from speechllm_prune.prune.selectors import Evidence, select
 from speechllm_prune.prune.surgery import PrunePlan
 from speechllm_prune.runtime import UserError
 from speechllm_prune.workbench import Workbench
-
-NAMED_PATHS = ("own", "text", "tail", "influence", "random", "rerank")
-"""What `--path` takes beside a file: which selector chooses, and on what."""
 
 
 def choose_start_layer(bench: Workbench, block_size: int, path: str, num_layers: int) -> int:
@@ -52,6 +50,11 @@ def path_of(bench: Workbench, path: str, num_layers: int) -> dict[int, int]:
     if not isinstance(found.get("path"), dict) or "num_layers" not in found:
         raise UserError(f"{file} is not a path.json of measure.py")
     _same_depth(file, found["num_layers"], num_layers)
+    decoder = bench.models()["decoder"]["fingerprint"]
+    if found.get("decoder_fingerprint", decoder) != decoder:
+        raise UserError(
+            f"{file} was measured on another decoder ({found['decoder_hub']}); measure this one, or give --start_layer"
+        )
     try:
         return select("given", Evidence(num_layers, given=found["path"]))
     except (ValueError, TypeError):
@@ -141,6 +144,8 @@ def decoder_depth(bench: Workbench) -> int:
 
     with explain_hub_errors(bench.hparams["decoder_hub"], "decoder_hub"):
         config = AutoConfig.from_pretrained(
-            bench.hparams["decoder_hub"], revision=bench.hparams["decoder_revision"]
+            bench.hparams["decoder_hub"],
+            revision=bench.hparams["decoder_revision"],
+            trust_remote_code=False,
         )
     return config.get_text_config().num_hidden_layers

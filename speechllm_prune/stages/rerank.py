@@ -54,11 +54,13 @@ def rerank_blocks(bench: Workbench) -> Path | None:
     file, config_hash = folder / "rerank.json", bench.run.config_hash("measure", "rerank")
     if not bench.on_main(_begin, bench, file, config_hash):
         return file
-    matrix = load_file(folder / "distances.safetensors")["distance"].tolist()
-    losses = block_losses(bench.model.decoder, best_blocks(matrix, count), _batches(bench))
-    if if_main_process():
-        _write(bench, file, config_hash, losses)
-    ddp_barrier()
+    with bench.writing(STAGE, config_hash):
+        matrix = load_file(folder / "distances.safetensors")["distance"].tolist()
+        losses = block_losses(bench.model.decoder, best_blocks(matrix, count), _batches(bench))
+        if if_main_process():
+            _write(bench, file, config_hash, losses)
+            (folder / "STOPPED.json").unlink(missing_ok=True)
+        ddp_barrier()
     return file
 
 
@@ -111,6 +113,7 @@ def _write(bench: Workbench, file: Path, config_hash: str, losses: BlockLosses) 
         "num_labels": losses.num_labels,
         "layer_evaluations": losses.layer_evaluations,
         "decoder_hub": hparams["decoder_hub"],
+        "decoder_fingerprint": bench.models()["decoder"]["fingerprint"],
         "path": {str(n): start for n, start in path.items()},
         "loss": table,
         "full_loss": losses.full / losses.num_labels,

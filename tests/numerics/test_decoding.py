@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from speechllm_prune.data.batching import collate
-from speechllm_prune.inference import EXTRA_TOKENS, decode, greedy_search, transcribe
+from speechllm_prune.inference import EXTRA_TOKENS, decode, transcribe
 from speechllm_prune.models.decoder import lm_logits
 from speechllm_prune.models.speechllm import SpeechLLM
 from speechllm_prune.prune.lora import LoraSettings
 from speechllm_prune.prune.surgery import PrunePlan
 from speechllm_prune.restore import HealState, cut
+from speechllm_prune.search import _fixed_cache, greedy_search
 from tests import tiny
 from tests.numerics.common import build, stir_adapters, utterances
 
 NEVER = frozenset({-1})
 STATES = ["full", "cut", "healed"]
+both_caches = pytest.mark.parametrize("graphs", ["never", "always"])
 
 
 @contextmanager
@@ -49,22 +51,23 @@ def without_cache(model: SpeechLLM, embeds: Tensor, num_tokens: int) -> tuple[li
     return tokens, torch.stack(logits)
 
 
+@both_caches
 @pytest.mark.parametrize("state", STATES)
 @torch.no_grad()
 def test_greedy_with_cache_equals_the_loop_without(
-    wavlm_layer: Path, decoder_folder: Path, state: str
+    wavlm_layer: Path, decoder_folder: Path, state: str, graphs: str
 ) -> None:
     model = build(wavlm_layer, decoder_folder)
     items = utterances(model, [1, 4, 2])
     with in_state(model, state):
         inputs = model.inputs_for(collate(items), targets=False, padding_side="left")
-        caps = [8, 8, 4]
+        caps = [8, 8, 8]
         logits: list[Tensor] = []
         handle = model.decoder.get_output_embeddings().register_forward_hook(
             lambda module, args, output: logits.append(output)
         )
         found = greedy_search(
-            model.decoder, inputs.inputs_embeds, inputs.attention_mask, caps, NEVER
+            model.decoder, inputs.inputs_embeds, inputs.attention_mask, caps, NEVER, graphs
         )
         handle.remove()
         steps = torch.stack(logits, dim=1)  # (B, steps, V)
@@ -117,8 +120,9 @@ def test_surgery_and_healing_change_what_is_decoded(wavlm_layer: Path, qwen2: Pa
     assert len({tuple(tokens) for tokens, _ in found}) == 3
 
 
+@both_caches
 @torch.no_grad()
-def test_stop_tokens_end_a_row_and_caps_cut_it(wavlm_layer: Path, llama: Path) -> None:
+def test_stop_tokens_end_a_row_and_caps_cut_it(wavlm_layer: Path, llama: Path, graphs: str) -> None:
     model = build(wavlm_layer, llama)
     items = utterances(model, [1, 5, 2, 4])
     inputs = model.inputs_for(collate(items), targets=False, padding_side="left")
@@ -131,15 +135,16 @@ def test_stop_tokens_end_a_row_and_caps_cut_it(wavlm_layer: Path, llama: Path) -
         ends = [i for i, token in enumerate(tokens) if token in stop]
         ended = bool(ends) and ends[0] < cap
         expected.append((tokens[: ends[0]], False) if ended else (tokens[:cap], True))
-    assert greedy_search(*arguments, caps, stop) == expected
+    assert greedy_search(*arguments, caps, stop, graphs) == expected
     assert {capped for _, capped in expected} == {True, False}
     # A row whose very first token stops it is an empty hypothesis, not a capped one.
     first = frozenset({endless[0][0]})
-    assert greedy_search(*arguments, caps, first)[0] == ([], False)
+    assert greedy_search(*arguments, caps, first, graphs)[0] == ([], False)
 
 
+@both_caches
 @torch.no_grad()
-def test_search_ends_when_all_rows_have_ended(wavlm_layer: Path, llama: Path) -> None:
+def test_search_ends_when_all_rows_have_ended(wavlm_layer: Path, llama: Path, graphs: str) -> None:
     model = build(wavlm_layer, llama)
     inputs = model.inputs_for(
         collate(utterances(model, [1, 3])), targets=False, padding_side="left"
@@ -148,9 +153,62 @@ def test_search_ends_when_all_rows_have_ended(wavlm_layer: Path, llama: Path) ->
     endless = [tokens for tokens, _ in greedy_search(*arguments, [6, 6], NEVER)]
     calls: list[int] = []
     handle = model.decoder.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    greedy_search(*arguments, [1000, 1000], frozenset({endless[0][2], endless[1][4]}))
+    greedy_search(*arguments, [500, 500], frozenset({endless[0][2], endless[1][4]}), graphs)
     handle.remove()
-    assert len(calls) <= 5
+    assert len(calls) <= (5 if graphs == "never" else 9)  # there it looks at every eighth step
+
+
+@torch.no_grad()
+def test_ended_rows_leave_the_batch(wavlm_layer: Path, qwen2: Path) -> None:
+    model = build(wavlm_layer, qwen2)
+    items = utterances(model, [1, 5, 2, 4, 3])
+    inputs = model.inputs_for(collate(items), targets=False, padding_side="left")
+    caps, rows = [3, 9, 3, 20, 6], []
+    handle = model.decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0]))
+    )
+    found = greedy_search(model.decoder, inputs.inputs_embeds, inputs.attention_mask, caps, NEVER)
+    handle.remove()
+    # Two of five end at 3, one of three at 6, one of two at 9.
+    assert rows == [5] * 3 + [3] * 3 + [2] * 3 + [1] * 11
+    for item, cap, tokens in zip(items, caps, found, strict=True):
+        alone = model.inputs_for(collate([item]), targets=False)
+        alone_found = greedy_search(
+            model.decoder, alone.inputs_embeds, alone.attention_mask, [cap], NEVER
+        )
+        assert [tokens] == alone_found and len(tokens[0]) == cap
+
+
+@torch.no_grad()
+def test_fewer_than_a_quarter_stay_until_more_have_ended(wavlm_layer: Path, qwen2: Path) -> None:
+    model = build(wavlm_layer, qwen2)
+    inputs = model.inputs_for(
+        collate(utterances(model, [2] * 5)), targets=False, padding_side="left"
+    )
+    rows: list[int] = []
+    handle = model.decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0]))
+    )
+    caps = [2, 4, 7, 7, 7]
+    found = greedy_search(model.decoder, inputs.inputs_embeds, inputs.attention_mask, caps, NEVER)
+    handle.remove()
+    assert rows == [5] * 4 + [3] * 3  # one of five is not a quarter
+    assert [len(tokens) for tokens, _ in found] == caps
+
+
+@torch.no_grad()
+def test_sliding_windows_keep_the_growing_cache() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
+    arguments = torch.randn(2, 9, 16), torch.ones(2, 9, dtype=torch.long), [12, 12], NEVER
+    for window, fixed in ((4, False), (None, True)):
+        decoder = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=window)).eval()
+        assert (_fixed_cache(decoder, 30) is not None) == fixed
+        found = greedy_search(decoder, *arguments, "always")
+        assert found == greedy_search(decoder, *arguments, "never")
+        assert len(set(found[0][0])) > 2
 
 
 def check_batching(model: SpeechLLM) -> None:

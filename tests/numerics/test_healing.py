@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,14 +226,31 @@ def test_decoder_healing_does_not_go_back_below_the_cut(
         set_trainable(model, names)
         model.train()
         tracked: list[bool] = []
-        handles = [
-            layer.register_forward_hook(lambda m, a, output: tracked.append(output.requires_grad))
-            for layer in model.decoder.model.layers
-        ]
-        model(batch_of(model)).loss.backward()
+        kept = [0] * (L - 2)  # tensors that each layer leaves for the backward pass
+        inside: list[int] = []
+
+        def leave(layer: Any, inputs: Any, output: Any) -> None:
+            tracked.append(output.requires_grad)
+            inside.pop()
+
+        def pack(tensor: Tensor) -> Tensor:
+            if inside and not isinstance(tensor, torch.nn.Parameter):
+                kept[inside[-1]] += 1
+            return tensor
+
+        handles = []
+        for number, layer in enumerate(model.decoder.model.layers):
+            enter = functools.partial(lambda number, *_: inside.append(number), number)
+            handles += [
+                layer.register_forward_pre_hook(enter),
+                layer.register_forward_hook(leave),
+            ]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(batch_of(model)).loss.backward()
         for handle in handles:
             handle.remove()
         below = mode == "joint"  # to reach the projector, gradients pass through all layers
         assert tracked == [below, below, True, True]
+        assert [count > 0 for count in kept] == tracked
         with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
         assert with_gradient == set(names)

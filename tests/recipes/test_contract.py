@@ -35,7 +35,10 @@ def files_of(study: Study, folder: str) -> set[str]:
 
 
 def test_files(study: Study) -> None:
-    checkpoint = {f"save/CKPT/{n}" for n in ("CKPT.yaml", "brain.ckpt", "model.ckpt", "state.ckpt")}
+    checkpoint = {
+        f"save/CKPT/{name}"
+        for name in ("CKPT.yaml", "brain.ckpt", "model.ckpt", "state.ckpt", "MANIFEST.json")
+    }
     loop = {"hyperparams.yaml", "env.log", "log.txt", "train_log.txt", "DONE.json"} | checkpoint
     assert files_of(study, "train") == loop | {"leaf.json"}
     for kind in ("speech", "text"):
@@ -202,9 +205,15 @@ def test_metrics_and_hypotheses(study: Study) -> None:
         assert metrics["num_parameters"] > metrics["decoder_parameters"] > 0
         assert len(rows) == metrics["num_utterances"] == (4 if "clean" in file.parent.name else 3)
         assert metrics["num_capped"] == sum(row["capped"] for row in rows)
+        assert metrics["num_repetitions"] == sum(row["looped"] for row in rows)
+        assert metrics["eval_batch_size"] == 16 and metrics["tokens_per_second"] > 0
+        assert metrics["timed_utterances"] == len(rows), "one batch: no other could be a warm-up"
         counts = ("substitutions", "deletions", "insertions", "reference_words")
         for row in rows:
-            assert set(row) == {"id", "ref", "hyp", "duration", "num_tokens", "capped", *counts}
+            assert set(row) == {
+                *("id", "ref", "hyp", "duration", "num_tokens", "capped", "looped"),
+                *counts,
+            }
             assert row["num_tokens"] <= math.ceil(12 * row["duration"]) + 10
             assert row["ref"] == row["ref"].upper(), "references are as in the corpus"
         totals = {name: sum(row[name] for row in rows) for name in counts}

@@ -153,4 +153,4 @@ def test_one_process_with_twice_the_batches_trains_the_same(
     assert steps[0] == steps[1]
     one, two = map(tensors, stages)
     for name in one:  # other batches of two would move them apart by 6e-3
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,16 @@ def test_what_cannot_be_transcribed(study: Study, tmp_path: Path) -> None:
     assert "asr" in refused("transcribe", folder, fine, "--task", "ast")
     assert "batch_size" in refused("transcribe", folder, fine, "--batch_size", 0)
     assert "device" in refused("transcribe", folder, fine, "--device", "potato")
+
+
+def test_an_export_names_no_folder_outside_of_it(study: Study, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exported(study, "joint"), folder)
+    card = json.loads((folder / "speechllm.json").read_text())
+    card["encoder"]["folder"] = "../encoder"
+    (folder / "speechllm.json").write_text(json.dumps(card))
+    audio = audio_of(study.corpus, "102-1000-0000")
+    assert "'../encoder', outside" in refused("transcribe", folder, audio)
 
 
 def test_another_rate_is_resampled(study: Study, tmp_path: Path) -> None:

@@ -126,7 +126,10 @@ class StubTokenizer:
     def __init__(self, hub: str) -> None:
         facts = decoder_facts(hub)
         self.bos_token_id, self.eos_token_id = facts.bos, facts.eos
-        self.pad_token_id = facts.pad
+        self.pad_token_id, self.num_tokens = facts.pad, facts.num_tokens
+
+    def __len__(self) -> int:
+        return self.num_tokens
 
     def __call__(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
         return SimpleNamespace(input_ids=list(range(len(text.split()))))

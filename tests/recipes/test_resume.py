@@ -131,7 +131,7 @@ def test_stopping_twice_with_accumulation_and_positions(
 
 
 def test_healing_goes_on_where_it_was_stopped(own_study: Study, interrupt: Interrupt) -> None:
-    heal = ("heal", own_study.leaf, "--block_size", 2, "--heal_lora_dropout", 0)
+    heal = ("heal", own_study.leaf, "--block_size", 2, "--heal_lora_dropout", 0.3)
     good(*heal, "--tag", "whole")
     interrupt.at = 2
     assert run(*heal, "--tag", "parted").code == 75

@@ -122,7 +122,7 @@ def test_translation(make_leaf: MakeLeaf, tiny_manifests: Path, tmp_path: Path) 
         assert metrics["signature"].startswith("nrefs:1|") and "tok:13a" in metrics["signature"]
         assert not {"substitutions", "reference_words"} & set(metrics)
         rows = load_rows(folder / "hyps.jsonl")
-        assert set(rows[0]) == {"id", "ref", "hyp", "duration", "num_tokens", "capped"}
+        assert set(rows[0]) == {"id", "ref", "hyp", "duration", "num_tokens", "capped", "looped"}
         assert (folder / "bleu.txt").is_file() and not (folder / "wer.txt").exists()
     assert "valid bleu" in (study.root / "train/train_log.txt").read_text()
     assert "valid_bleu" in load_json(study.root / "train/DONE.json")
@@ -153,7 +153,7 @@ def test_extension_points(make_leaf: MakeLeaf) -> None:
 
 def test_objects_from_elsewhere_need_a_word(make_leaf: MakeLeaf) -> None:
     study = make_leaf()
-    study.leaf.write_text(study.leaf.read_text() + "opt_class: !name:collections.OrderedDict\n")
+    study.leaf.write_text(study.leaf.read_text() + "lr_scheduler: !name:collections.OrderedDict\n")
     assert "--allow_module collections" in refused("train", study.leaf, "--check")
     good("train", study.leaf, "--check", "--allow_module", "collections")
     study.leaf.write_text(study.leaf.read_text() + "seed: !apply:os.getpid []\n")

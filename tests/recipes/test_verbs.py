@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -281,10 +282,14 @@ def test_transcribe_prints_one_line_a_file(study: Study) -> None:
     variant = study.variant(2)
     expected = hypotheses(study.root, variant)
     files = [audio_of(study.corpus, name) for name in expected]
-    outcome = good("transcribe", study.root / "heal" / variant / "export", *files)
-    assert outcome.out == "".join(
-        f"{file}\t{text}\n" for file, text in zip(files, expected.values(), strict=True)
-    )
+    folder = study.root / "heal" / variant / "export"
+    pairs = list(zip(map(str, files), expected.values(), strict=True))
+    plain = good("transcribe", folder, *files).out
+    assert plain == "".join(f"{file}\t{text}\n" for file, text in pairs)
+    lines = good("transcribe", folder, *files, "--jsonl").out.splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"audio": file, "text": text} for file, text in pairs
+    ]
 
 
 def test_report_shows_every_point(study: Study) -> None:

@@ -68,7 +68,9 @@ def test_provenance_names_its_inputs_relative_to_the_experiment(experiment: Expe
     file = write_text(experiment.stage("train") / "a.txt", "x")
     record = provenance("hash", [file], experiment.root)
     assert record["inputs"] == {"train/a.txt": hashlib.sha256(b"x").hexdigest()}
-    assert set(record) == {"schema", "package_version", "git_commit", "config_hash", "inputs"}
+    assert set(record) == {
+        *("schema", "package_version", "versions", "git_commit", "config_hash", "inputs")
+    }
     assert git_commit() == record["git_commit"]
 
 

@@ -50,12 +50,22 @@ def test_depths_are_those_of_the_paper() -> None:
         assert by_name[name].config["num_hidden_layers"] == system.num_layers
 
 
+class Tokenizer(SimpleNamespace):
+    """The part of a tokenizer that names token roles."""
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+
 @pytest.mark.parametrize("hub", DECODERS)
 def test_token_roles(hub: str) -> None:
     """Qwen2.5: pad is eos, no bos whatever the config names. Llama 3: no pad, so eos stands in; masked all the same."""
     facts = DECODERS[hub]
-    tokenizer = SimpleNamespace(
-        bos_token_id=facts.bos, eos_token_id=facts.eos, pad_token_id=facts.pad
+    tokenizer = Tokenizer(
+        bos_token_id=facts.bos,
+        eos_token_id=facts.eos,
+        pad_token_id=facts.pad,
+        num_tokens=facts.num_tokens,
     )
     decoder = meta_decoder(hub)
     ids = resolve_token_ids(decoder, tokenizer)

@@ -190,7 +190,7 @@ def test_nested_objects_are_checked_too(leaf) -> None:
 
 
 def test_another_package_needs_allow_module(leaf) -> None:
-    path = leaf("activation: !name:collections.OrderedDict")
+    path = leaf("lr_scheduler: !name:collections.OrderedDict")
     refused(path, "collections.OrderedDict", "--allow_module collections")
     assert "collections.OrderedDict" in resolve_hparams(path, allowed_modules=["collections"])
 

@@ -71,7 +71,7 @@ def test_bytes_and_files_are_probed_alike(tmp_path: Path, form: str) -> None:
 def test_a_damaged_mp3_is_unreadable() -> None:
     content = bytearray(encoded(noise(10.0), 16000, format="MP3"))
     content[len(content) // 2 : len(content) // 2 + 4000] = bytes(4000)
-    with pytest.raises(BadAudio, match="unreadable|truncated"):
+    with pytest.raises(BadAudio, match="damaged|truncated"):
         probe_audio(bytes(content))
 
 
