@@ -155,10 +155,12 @@ print(names[0] if names else "")
 '
 chosen=$("$PYTHON" -c "$choose" "$results/$name/$seed")
 if [ -n "$chosen" ]; then
+  start=${chosen#l}
+  start=$((10#${start%%n*}))
   size=${chosen#l*n}
   size=$((10#${size%%-*}))
   say "exporting $chosen, and what it hears in one held-out file"
-  run heal "${models[@]}" --block_size "$size" --heal_mode joint --export
+  run heal "${models[@]}" --start_layer "$start" --block_size "$size" --heal_mode joint --export
   split=${tests#",$name/"}
   split=${split%%,*}
   audio=$(compgen -G "$root/$split/*/*/*.[fw][la][av]*" | sort | sed -n 1p)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from speechllm_prune.evaluation.statistics import bootstrap_interval, corpus_score
-from speechllm_prune.experiment import read_json, sha256_file
+from speechllm_prune.experiment import HEAL_MODES, read_json, sha256_file
 from speechllm_prune.reporting.analysis import Result, choose_blocks
 from speechllm_prune.reporting.collect import ExperimentData, Point, failure_reason
 from speechllm_prune.reporting.tables import Table, fixed, span
@@ -31,7 +31,7 @@ from speechllm_prune.reporting.utterances import (
 )
 from speechllm_prune.runtime import UserError
 
-HEAL_MODES = ("joint", "projector", "decoder", "none")
+MOST_HEALED_FIRST = HEAL_MODES[::-1]
 SCORE = {"wer": "WER %", "bleu": "BLEU"}
 NUMBERS = "numbers"
 OTHER = "words other than numbers"
@@ -227,7 +227,9 @@ def what_pruning_forgets(experiment: ExperimentData, results: Sequence[Result]) 
     except (ValueError, OSError) as error:
         training = None
         found.problems.append(f"words by their frequency in the training text: {error}")
-    modes = {mode: choose_blocks(experiment, results, 0.0, mode).tested for mode in HEAL_MODES}
+    modes = {
+        mode: choose_blocks(experiment, results, 0.0, mode).tested for mode in MOST_HEALED_FIRST
+    }
     for eval_set in experiment.eval_sets:
         full = _aligned(experiment.baseline(eval_set), found)
         if full is not None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from speechllm_prune.evaluation.statistics import relative_degradation
+from speechllm_prune.experiment import HEAL_MODES
 from speechllm_prune.reporting.analysis import Result, same_data
 from speechllm_prune.reporting.collect import SHUFFLED, ExperimentData, Point
 from speechllm_prune.reporting.paper import TIERS, System, system_of
 from speechllm_prune.reporting.tables import MISSING, Table, fixed, percent, span
 
-MODES = ("none", "decoder", "projector", "joint")
 TEXT = "joint, text-derived path"
 TIER_STEP = 0.75
 """Share of the decoder parameters at which a model that is not the paper's counts as a tier below."""
@@ -88,7 +88,7 @@ def figure2_table(
     results : mapping
         {str(experiment folder): judged results}.
     """
-    columns = ["model", "evaluation set", "n", "% drop", *map(series_label, MODES), TEXT]
+    columns = ["model", "evaluation set", "n", "% drop", *map(series_label, HEAL_MODES), TEXT]
     table = Table(
         "Figure 2: relative degradation against the share of removed layers",
         [*columns, "next smaller tier, unpruned"],
@@ -131,11 +131,11 @@ def _add_set(
                 eval_set,
                 str(n),
                 fixed(example.drop_percent, 1),
-                *(_cell(found.get(name)) for name in (*MODES, TEXT)),
+                *(_cell(found.get(name)) for name in (*HEAL_MODES, TEXT)),
                 f"{percent(smaller.degradation)} ({smaller.label})" if smaller else MISSING,
             ]
         )
-        for name in (*MODES, TEXT):
+        for name in (*HEAL_MODES, TEXT):
             if name in found:
                 table.records.append(_record(name, found[name], smaller))
 

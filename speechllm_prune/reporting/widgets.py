@@ -18,7 +18,7 @@ import numpy as np
 from speechllm_prune.evaluation.scoring import Piece
 from speechllm_prune.reporting.analysis import Choice, Result, choose_blocks
 from speechllm_prune.reporting.collect import ExperimentData, Measurement
-from speechllm_prune.reporting.forgetting import HEAL_MODES, SCORE
+from speechllm_prune.reporting.forgetting import MOST_HEALED_FIRST, SCORE
 from speechllm_prune.reporting.table1 import joint_verdict
 from speechllm_prune.reporting.tables import block_label, fixed, percent
 from speechllm_prune.reporting.utterances import Worst
@@ -186,7 +186,7 @@ def tolerance_chooser(
     key : str
         Makes the ids unique in the page.
     """
-    choices = [choose_blocks(experiment, results, tolerance, mode) for mode in HEAL_MODES]
+    choices = [choose_blocks(experiment, results, tolerance, mode) for mode in MOST_HEALED_FIRST]
     choices = [choice for choice in choices if choice.tested]
     if not choices:
         return ""

@@ -24,7 +24,7 @@ def end_of_demo(study: Study) -> str:
     assert last[2]
     head = f"""
         set -euo pipefail
-        PYTHON={sys.executable} results={study.results} name=tiny seed=3407 models=() started=$SECONDS
+        PYTHON={sys.executable} results={study.results} name=tiny seed=3407 models=() full=0 started=$SECONDS
         root={study.corpus}/LibriSpeech tests=,tiny/test-clean,tiny/test-other
         say() {{ echo "==> $*"; }}
         run() {{ local verb=$1; shift; "$PYTHON" "$verb.py" {study.leaf} "$@"; }}
