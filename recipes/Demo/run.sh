@@ -134,7 +134,7 @@ say "pruning and healing: block sizes $sizes, heal modes $modes"
 side_by_side first_half second_half
 if [ "$full" = 1 ]; then
   others() { run sweep "${models[@]}" --block_sizes [1,2,3,5,7,9] --heal_modes [none,joint]; }
-  elsewhere() { run sweep "${models[@]}" --block_sizes "$sizes" --heal_modes [none,joint] --path [text,tail]; }
+  elsewhere() { run sweep "${models[@]}" --block_sizes "$sizes" --heal_modes [none,joint] --path text,tail; }
   say "the other block sizes; the path from text and the tail rule (blocks that were run already are not run again)"
   side_by_side others elsewhere
 fi
