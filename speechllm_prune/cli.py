@@ -294,9 +294,9 @@ def _compare(
     origin = experiment.stage("train") / "leaf.json"
     if origin.is_file():
         before = read_json(origin)["values"]
-        # A leaf that says what the archive says (the archive itself, say) is no surprise.
-        unlike = [key for key in leaf if leaf[key] != archived.get(key)]
-        changed = differences(leaf, before, [key for key in unlike if is_training_key(key)])
+        # What the command line said at training is no change of the leaf, and the archive itself may be the leaf.
+        edited = [key for key in leaf if leaf[key] != before.get(key)]
+        changed = differences(leaf, archived, edited)
         if changed:
             print(
                 f"warning: the leaf has changed since training ({'; '.join(changed)}); the archive is used",

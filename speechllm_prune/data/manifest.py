@@ -274,7 +274,9 @@ def _check_row(row: Row, where: str) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    return tuple("" if value is None else str(value) for value in astuple(row))
+    values = ("" if value is None else str(value) for value in astuple(row))
+    # The csv module does not quote a lone carriage return, and reads it as the end of a line.
+    return tuple(value.replace("\r\n", "\n").replace("\r", "\n") for value in values)
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 import time
@@ -11,6 +12,19 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+
+
+def device_name(device: str) -> str:
+    """What the device is: the name of the GPU, or the kind of processor (times of another one do not compare).
+
+    Example
+    -------
+    >>> bool(device_name("cpu"))
+    True
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 class Meter:

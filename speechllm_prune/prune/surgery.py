@@ -120,6 +120,8 @@ class Removal:
         check_prunable(decoder, PER_LAYER_FIELDS)
         removed = range(start_layer, start_layer + block_size)
         self.kept = [index for index in range(len(self.layers)) if index not in removed]
+        self.removed = [self.layers[index] for index in removed]
+        self.device = next(self.layers.parameters()).device
         names = ("num_hidden_layers", *PER_LAYER_FIELDS, "max_window_layers")
         self.config = {
             name: getattr(body.config, name) for name in names if hasattr(body.config, name)
@@ -149,11 +151,15 @@ class Removal:
         ):
             config.max_window_layers = sum(kind == "full_attention" for kind in layer_types)
         self.adapters.apply()
+        for layer in self.removed:
+            layer.to("cpu")  # on a GPU they would count in the memory of the model without them
         return self.kept
 
     def undo(self) -> None:
         """Put the decoder back as it was before `apply`."""
         body = self.decoder.get_decoder()
+        for layer in self.removed:
+            layer.to(self.device)
         body.layers = self.layers
         _renumber(self.layers)
         for name, value in self.config.items():

@@ -11,7 +11,7 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechllm_prune.brain import gather
 from speechllm_prune.data.manifest import prepare_command, read_summary
-from speechllm_prune.evaluation.efficiency import Meter
+from speechllm_prune.evaluation.efficiency import Meter, device_name
 from speechllm_prune.evaluation.scoring import manifest_facts
 from speechllm_prune.experiment import (
     Variant,
@@ -127,11 +127,14 @@ def _speed(ranks: list[tuple[list[list[Hypothesis]], Meter]]) -> dict[str, Any]:
     """Of all ranks together, each one's first batch left out where it has another."""
     timed = [h for parts, _ in ranks for part in parts[len(parts) > 1 :] for h in part]
     seconds = max(meter.seconds - meter.warmup_seconds for _, meter in ranks)
+    audio_seconds = sum(h.duration for h in timed)
     num_tokens = sum(h.num_tokens + (not h.capped) for h in timed)
     return {
-        "rtfx": sum(h.duration for h in timed) / seconds,
+        "rtfx": audio_seconds / seconds,
         "tokens_per_second": num_tokens / seconds,
         "timed_utterances": len(timed),
+        "timed_audio_seconds": audio_seconds,
+        "timed_seconds": seconds,
         "seconds": max(meter.seconds for _, meter in ranks),
         "peak_memory_bytes": max(meter.peak_memory_bytes for _, meter in ranks),
     }
@@ -180,12 +183,15 @@ def _write_scores(
         **speed,
         "eval_batch_size": hparams["eval_batch_size"],
         "eval_batch_positions": hparams["eval_batch_positions"],
+        "decode_graphs": hparams["decode_graphs"],
+        "num_processes": bench.world_size,
         "num_parameters": num_parameters(bench.model),
         "decoder_parameters": num_parameters(bench.model.decoder),
         "num_capped": sum(h.capped for h in hypotheses),
         "num_repetitions": sum(h.looped for h in hypotheses),
         "precision": str(bench.dtype).removeprefix("torch."),
         "device": bench.device,
+        "device_name": device_name(bench.device),
         "features_cached": hparams["cache_features"],
         "note": hparams["results_note"],
     }

@@ -20,7 +20,8 @@ from speechllm_prune.models.estimate import step_memory, training_memory
 from speechllm_prune.models.loss import loss_sums
 from speechllm_prune.models.speechllm import SpeechLLM
 from speechllm_prune.prune.distill import teacher_rows
-from speechllm_prune.restore import set_trainable, train_names
+from speechllm_prune.prune.surgery import PrunePlan, num_layers
+from speechllm_prune.restore import cut, set_trainable, train_names
 from speechllm_prune.stages.evaluate import _speed
 from tests.numerics.common import batch_of, build
 from tests.recipes.conftest import MakeLeaf, make_leaf  # noqa: F401
@@ -376,3 +377,14 @@ def test_keys_change_no_result_of_the_verbs(make_leaf: MakeLeaf) -> None:  # noq
     study = studies[0]
     measured = good("measure", study.leaf, "--gradient_checkpointing", "True").out
     assert "another" not in measured and (study.root / "measure/speech/DONE.json").is_file()
+
+
+@pytest.mark.gpu
+def test_removed_layers_leave_the_gpu_and_come_back(wavlm_layer: Path, qwen2: Path) -> None:
+    model = build(wavlm_layer, qwen2, device="cuda")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    allocated = torch.cuda.memory_allocated()
+    with cut(model, PrunePlan(num_layers(model.decoder), 1, 2)):
+        assert torch.cuda.memory_allocated() < allocated
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -51,7 +51,10 @@ def test_a_leaf_changed_since_is_a_warning(own_study: Study) -> None:
     outcome = good("evaluate", own_study.leaf, "--overwrite")
     assert "warning: the leaf has changed" in outcome.err and "the archive is used" in outcome.err
     assert "lr is 0.5 here and 0.001" in outcome.err
+    write_leaf(own_study.leaf, own_study.values | {"heal_steps": 99})
+    assert "heal_steps is 99 here" in good("evaluate", own_study.leaf).err
     assert "changed" not in good("evaluate", restore_leaf(own_study)).err
+    assert "changed" not in good("evaluate", own_study.root / "train/hyperparams.yaml").err
     assert "lr is 0.5" in refused(
         "train", write_leaf(own_study.leaf, own_study.values | {"lr": 0.5})
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,12 @@ def reseal(csv_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- round trip
+def test_a_carriage_return_in_a_text_is_a_line_break(tmp_path: Path, data_root: Path) -> None:
+    rows = [replace(ROWS[0], text="one\rtwo\r\nthree")]
+    write_manifest(tmp_path / "m", "dev", rows, [], data_root, extra={"fingerprint": "f"})
+    assert [row.text for row in read_manifest(tmp_path / "m" / "dev.csv")] == ["one\ntwo\nthree"]
+
+
 def test_round_trip(tmp_path: Path, data_root: Path) -> None:
     skipped = [
         ("c-3", "empty transcript"),
