@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 # The numerics here are small and many: one thread per process is faster and, on a shared machine, predictable.
 export OMP_NUM_THREADS := 1
 
+# Two files at a time, each from its first test to its last.
+PYTEST_OPTIONS ?= -n 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test check bench clean
 
@@ -39,7 +42,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@echo "==> All tests (tests on real data skip with a reason where it is absent)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 check: $(VENV)/.installed
 	@echo "==> ruff check"
@@ -51,7 +54,7 @@ check: $(VENV)/.installed
 	@echo "==> mypy (the package)"
 	@$(BIN)/mypy
 	@echo "==> Fast tests"
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m 'not slow'
 
 bench: $(VENV)/.installed
 	@echo "==> CPU benchmarks; exit code 1 if a gate is missed"

@@ -83,6 +83,10 @@ class Part:
         self.notes.append(text)
         print(text, flush=True)
 
+    def training(self) -> torch.autocast:
+        """The context in which the training loop computes on a GPU."""
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.cuda)
+
     def seconds(self, function: Callable[[], Any], most: int = 10) -> float:
         """Median seconds of a call, after one that is not counted; fewer than `most` if they take long."""
         times: list[float] = []

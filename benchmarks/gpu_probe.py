@@ -127,7 +127,8 @@ def _healing(part: Part, leaf: str, model: SpeechLLM, durations: list[float]) ->
 
                 def step() -> None:
                     model.zero_grad(set_to_none=True)
-                    model(batch).loss.backward()
+                    with part.training():
+                        model(batch).loss.backward()
 
                 embed = model.decoder.get_input_embeddings()
                 handle = embed.register_forward_hook(_needs_gradient) if forced else None

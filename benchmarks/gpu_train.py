@@ -101,7 +101,8 @@ def _step(
 
     def once() -> torch.Tensor:
         model.zero_grad(set_to_none=True)
-        return step(model, batch)
+        with part.training():
+            return step(model, batch)
 
     try:
         loss = float(once())  # compiles, where there is something to compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,6 +13,9 @@ from typing import Any
 from speechllm_prune.runtime import UserError, warn
 
 LOCK_FILE = "run.lock"
+
+GONE = "gone"
+"""Instead of a start time: the process has ended, and its parent has not asked for its exit code yet."""
 
 
 class RunLock:
@@ -42,6 +46,7 @@ class RunLock:
             "pid": os.getpid(),
             "process_start": _process_start(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
+            "restart": os.environ.get("SLURM_RESTART_COUNT"),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
 
@@ -95,7 +100,8 @@ class RunLock:
                 f"{self.file} is unreadable: another run may be at work; {remedy}"
             ) from None
         # A requeued job keeps its number, and its former life is over, whatever host that was on.
-        requeued = held["job"] is not None and held["job"] == self.record["job"]
+        same_job = held["job"] is not None and held["job"] == self.record["job"]
+        requeued = same_job and held.get("restart") != self.record["restart"]
         if held["host"] != self.record["host"] and not requeued:
             raise UserError(
                 f"{self.file.parent} is being written by {owner}, which cannot be asked from here; {remedy}"
@@ -105,8 +111,9 @@ class RunLock:
                 f"{self.file.parent} is being written by {owner}; wait for it, end it, or use another --experiment_name"
             )
         warn(f"{self.file} was left behind by {owner}, which is gone: taken over")
-        if self.file.read_text(encoding="utf-8") == text:  # nobody else was faster
-            self.file.unlink()
+        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            if self.file.read_text(encoding="utf-8") == text:
+                self.file.unlink()
 
     def release(self) -> None:
         """Give the folder back; a lock that somebody else has taken since stays."""
@@ -126,15 +133,17 @@ def _is_running(held: dict[str, Any]) -> bool:
     except PermissionError:  # it runs, under another user
         pass
     start = _process_start(held["pid"])
+    if start == GONE:
+        return False
     return start is None or held["process_start"] in (None, start)
 
 
 def _process_start(pid: int) -> str | None:
-    """When a process was started (clock ticks since boot), where the system tells."""
+    """When a process was started (clock ticks since boot), where the system tells; GONE if it has ended."""
     try:
         # The name in parentheses may hold spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return None
-    return None if fields[0] == "Z" else f"{fields[19]}@{boot}"
+    return GONE if fields[0] == "Z" else f"{fields[19]}@{boot}"

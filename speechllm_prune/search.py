@@ -209,19 +209,25 @@ def _search_fixed(
         if step % 8 == 1 and bool(ended.all()):  # asking the GPU for a flag stalls it
             break
         if step > EAGER_STEPS and device.type == "cuda":
-            replay = replay or _captured(advance)
+            replay = replay or _captured(advance, device)
             replay()
         else:
             advance()
     return found.tolist()
 
 
-def _captured(advance: Callable[[], None]) -> Callable[[], None]:
+def _captured(advance: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A CUDA graph of a step. Capturing runs nothing, and takes about as long as launching the step once.
 
     One graph for every batch: kept for later batches it would have to be thrown away at every cut, undo and merge.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may go on: the loader's pins memory, which a capture in the global mode does not survive.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         advance()
-    return graph.replay
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay

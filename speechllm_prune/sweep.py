@@ -297,6 +297,8 @@ def run_sweep(bench: Workbench, points: list[Point]) -> list[tuple[str, Exceptio
         except Exception as error:  # the other points must not be lost with this one
             if bench.world_size > 1 and not isinstance(error, UserError):
                 raise  # the other ranks wait for this one: only ending the job frees them
+            # Its frames hold the tensors of the point, which on a GPU the next points need.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
             failed.append((str(point), error))
             print(f"failed: {point}: {type(error).__name__}: {error}", file=sys.stderr)
             told = "failed after "

@@ -58,16 +58,20 @@ class Workbench:
         self.run = run
         self.hparams = run.hparams
         self.experiment = run.experiment
+        self.device = choose_device(self.hparams["device"])
         backend = run.run_options.get("distributed_backend") or (
-            "nccl" if torch.cuda.is_available() else "gloo"
+            "nccl" if self.device.startswith("cuda") else "gloo"
         )
         start_ranks(backend, self.hparams["ddp_timeout_minutes"])
         self.world_size = world_size()
         self.rank = torch.distributed.get_rank() if is_distributed_initialized() else 0
         check_agreement({**run.values, "the flags": vars(run.flags)})
-        self.device = choose_device(self.hparams["device"])
         if self.device == "cuda" and self.world_size > 1:
             self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(
+                self.device
+            )  # streams and memory counts are those of the current one
         self.run_options = {
             **run.run_options,
             "distributed_backend": backend,

@@ -54,6 +54,10 @@ class Batch:
         """The batch with its audio on a device; lengths and ids stay on the host, where the layout is computed."""
         return replace(self, audio=self.audio.to(device, non_blocking=True))
 
+    def pin_memory(self) -> Batch:
+        """For the loader: audio in memory from which a copy to the GPU need not be waited for."""
+        return replace(self, audio=self.audio.pin_memory())
+
     def __len__(self) -> int:
         return len(self.ids)
 

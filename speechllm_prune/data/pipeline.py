@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -128,9 +129,15 @@ class Utterances:
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=_leave_process_group,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # an iterator draws a number; the run's own must not depend on it
         )
+
+
+def _leave_process_group(worker: int) -> None:
+    """torchrun and `timeout` stop a whole process group: a worker must outlive the step that is still to be saved."""
+    os.setpgrp()
 
 
 class _Loader(DataLoader):

@@ -52,7 +52,7 @@ class Meter:
     """Until the second item of `warmed` was asked for."""
 
     def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
+        self.device, self.cuda = device, device.startswith("cuda")
 
     def warmed(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items as they are; the work on the first of several is noted as warm-up.
@@ -63,23 +63,23 @@ class Meter:
         for number, item in enumerate(items):
             if number == 1:
                 if self.cuda:
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(self.device)
                 self.warmup_seconds = time.perf_counter() - self._start
             yield item
 
     def __enter__(self) -> Meter:
         if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         self.seconds = time.perf_counter() - self._start
         if self.cuda:
-            self.peak_memory_bytes = torch.cuda.max_memory_allocated()
+            self.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
         else:
             unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
             self.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -165,7 +165,9 @@ class SpeechLLM(nn.Module):
         if batch.has_features:
             features, lengths = batch.audio, batch.audio_lengths
         else:
-            features, lengths = self.encoder(batch.audio, batch.audio_lengths)
+            # Not under the training's autocast: cached features are computed without it, and must be the same.
+            with torch.autocast(batch.audio.device.type, enabled=False):
+                features, lengths = self.encoder(batch.audio, batch.audio_lengths)
         stacks, lengths = stack_frames(features, lengths, self.frame_stack)
         weight = next(self.projector.parameters())
         return self.projector(stacks.to(weight.dtype)), lengths

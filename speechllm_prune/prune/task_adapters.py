@@ -174,7 +174,8 @@ def merged_adapters(decoder: Any) -> Iterator[None]:
     In bf16 merging rounds, so a score of unmerged adapters would be that of a model which nobody can download.
     """
     wrapped = lora_modules(decoder)
-    before = {name: module.get_base_layer().weight.data for name, module in wrapped.items()}
+    # On the host: beside their successors on a GPU they would count in the memory of the model.
+    before = {name: module.get_base_layer().weight.data.cpu() for name, module in wrapped.items()}
     facts = [
         (module, {key: module.__dict__[key] for key in LEFTOVERS if key in module.__dict__})
         for module in decoder.modules()
@@ -185,7 +186,7 @@ def merged_adapters(decoder: Any) -> Iterator[None]:
         yield
     finally:
         for name, module in wrapped.items():
-            module.get_base_layer().weight.data = before[name]
+            module.get_base_layer().weight.data = before[name].to(module.get_base_layer().weight)
             parent, _, child = name.rpartition(".")
             setattr(decoder.get_submodule(parent), child, module)
         for owner, entries in facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -79,11 +80,26 @@ def test_row_41_which_locks_are_stale(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="cannot be asked from here"):
         RunLock(tmp_path).acquire()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with pytest.raises(UserError, match="cannot be asked from here"):
+        RunLock(tmp_path).acquire()  # the same life of the job, on another of its hosts
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = RunLock(tmp_path).acquire()
     lock.release()
     assert lock.file.exists(), "a lock that somebody else has taken stays"
     again.release()
     assert not lock.file.exists()
+
+
+def test_row_41_a_dead_process_that_nobody_has_waited_for(tmp_path: Path) -> None:
+    pid = os.fork()
+    if not pid:
+        RunLock(tmp_path).acquire()
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+    try:
+        RunLock(tmp_path).acquire().release()
+    finally:
+        os.waitpid(pid, 0)
 
 
 # ---------------------------------------------------------------------------------------------- NaN

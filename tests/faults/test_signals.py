@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPO_ROOT
 from tests.faults.processes import Processes
 from tests.recipes.conftest import MakeLeaf, Study, copy_study
 from tests.recipes.verbs import load_json, snapshot
@@ -50,6 +55,24 @@ def test_row_36_training(make_leaf: MakeLeaf, verbs: Processes) -> None:
         newest = max(stage.glob("save/CKPT+*"))
         step = load_json(stage / "STOPPED.json")["optimizer_step"]
         assert load_json(newest / "MANIFEST.json")["optimizer_step"] == step
+
+
+def test_row_36_a_signal_to_the_whole_process_group(make_leaf: MakeLeaf, tmp_path: Path) -> None:
+    """As torchrun and `timeout` send it: the workers that load data get it, too."""
+    study = make_leaf(num_steps=4000, valid_interval=4000, lr=1e-5, num_workers=2)
+    command = [sys.executable, "train.py", str(study.leaf), "--eval_manifests", "[]"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(
+            command, cwd=REPO_ROOT, stdout=out, stderr=out, start_new_session=True
+        )
+        end = time.monotonic() + 120
+        while "time:" not in (tmp_path / "out").read_text():  # printed after some steps
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        os.killpg(process.pid, TERM)
+        assert process.wait(60) == 75, (tmp_path / "out").read_text()
+    stopped_in(study.root / "train", TERM)
+    assert list(study.root.glob("train/save/CKPT+*"))
 
 
 def test_row_36_validation(make_leaf: MakeLeaf, verbs: Processes) -> None:
