@@ -257,6 +257,8 @@ def test_the_first_of_several_batches_is_the_warm_up() -> None:
         "rtfx": 6.0 / 4.0,
         "tokens_per_second": (5 + 3 + 2) / 4.0,  # an end is a token, a cap is none
         "timed_utterances": 3,
+        "timed_audio_seconds": 6.0,
+        "timed_seconds": 4.0,
         "seconds": 5.0,
         "peak_memory_bytes": 9,
     }
