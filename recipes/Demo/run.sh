@@ -68,9 +68,12 @@ for folder in "$root"/*/; do
   found+=" $split"
   case $split in
     train*) train+=",$name/$split" ;;
-    dev*) ;;
-    *) tests+=",$name/$split" ;;
   esac
+done
+for split in test-clean test-other $found; do # those two first, then the others there are
+  case $split in train* | dev*) continue ;; esac
+  case "$found " in *" $split "*) ;; *) continue ;; esac
+  case "$tests," in *",$name/$split,"*) ;; *) tests+=",$name/$split" ;; esac
 done
 if [ -z "$train" ] || [ -z "$tests" ]; then
   echo "error: $root needs a train split and a test split in LibriSpeech layout; found:${found:- none}" >&2
@@ -137,6 +140,10 @@ if [ "$full" = 1 ]; then
   elsewhere() { run sweep "${models[@]}" --block_sizes "$sizes" --heal_modes [none,joint] --path text,tail; }
   say "the other block sizes; the path from text and the tail rule (blocks that were run already are not run again)"
   side_by_side others elsewhere
+  on_dev=(--eval_manifests "[$name/$dev]")
+  say "the choice on $dev alone"
+  run evaluate "${models[@]}" "${on_dev[@]}"
+  run sweep "${models[@]}" --heal_modes joint "${on_dev[@]}" --block_sizes [1,2,3,4,5,6,7,8,9,10]
 fi
 
 say "report"
