@@ -5,7 +5,8 @@
     python transcribe.py EXPORT_FOLDER FOLDER_OF_AUDIO list_of_files.txt --task ast
 
 AUDIO is a file of any rate, a folder (all audio files in and below it), or a list (.txt, .lst, .list: a path per line,
-relative to the list). Prints one line per file: name, tab, text.
+relative to the list). Prints one line per file: name, tab, text. What cannot be transcribed is named at the end (exit
+code 2).
 """
 
 from __future__ import annotations
@@ -54,11 +55,8 @@ def main(argv: list[str]) -> int | None:
     model = load_export(options.export_folder, options.device)
     if options.task is not None:
         model.use_task(options.task)
-    # Before the first line is printed, not after an hour.
-    problems = [problem for file in files if (problem := what_is_wrong(model, file))]
-    if problems:
-        more = f" (and {len(problems) - 3} more files)" if len(problems) > 3 else ""
-        raise UserError("; ".join(problems[:3]) + more)
+    problems = {file: problem for file in files if (problem := what_is_wrong(model, file))}
+    files = [file for file in files if file not in problems]
     step = options.batch_size * BATCHES_AT_ONCE
     for first in range(0, len(files), step):
         chunk = files[first : first + step]
@@ -66,6 +64,8 @@ def main(argv: list[str]) -> int | None:
             line = {"audio": name, "text": text}
             plain = f"{name}\t{' '.join(text.split())}"
             print(json.dumps(line, ensure_ascii=False) if options.jsonl else plain, flush=True)
+    if problems:
+        raise UserError(f"not transcribed: {'; '.join(problems.values())}")
     return None
 
 

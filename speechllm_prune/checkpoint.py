@@ -204,6 +204,8 @@ class AtomicCheckpointer(Checkpointer):
             raise chosen
         if chosen is not None:
             self.load_checkpoint(chosen)
+            if if_main_process():
+                print(f"resumed:  from step {chosen.meta['optimizer_step']} ({chosen.path})")
         return chosen
 
     def _newest(self) -> Checkpoint | UserError | None:

@@ -6,6 +6,7 @@ Our own argparse and not SpeechBrain's, which eats a '=' inside a value and acce
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,9 @@ RUN_OPTIONS: dict[str, type] = {
 }
 """SpeechBrain run options that are passed on to Brain, beside `--debug` and the YAML's own keys."""
 
+WHICH = ("experiment_name", "seed", "results_folder", "manifest_folder")
+"""Keys of a command line that the commands it recommends need, too."""
+
 
 @dataclass
 class Run:
@@ -74,14 +78,20 @@ class Run:
     experiment: Experiment
     flags: argparse.Namespace
     run_options: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    """Keys of the command line."""
 
     def config_hash(self, *stages: str) -> str:
         """Hash of the training's identity and the given stages' keys."""
         return config_hash(self.values, *stages)
 
     def command(self, verb: str, *options: str) -> str:
-        """A command on this experiment, for messages."""
-        return " ".join(["python", f"{verb}.py", self.leaf, *options])
+        """A command on this experiment, for messages: with what the command line said about which one it is."""
+        said = [
+            f"--{key} {shlex.quote(str(self.given[key]))}" for key in WHICH if key in self.given
+        ]
+        said += [f"--allow_module {module}" for module in self.flags.allow_module]
+        return " ".join(["python", f"{verb}.py", shlex.quote(self.leaf), *said, *options])
 
 
 def parse_arguments(
@@ -219,20 +229,24 @@ def open_run(
         values["results_folder"], values["experiment_name"], values["seed"], options.debug
     )
     archive = where.archive()
+    # Training is the authority on itself once it is done: what only exports it needs no word on how it was made.
+    later = verb != "train" or (
+        getattr(options, "export", False) and where.is_done("train") and not options.overwrite
+    )
     if archive.is_file() and where.holds_training():
         leaf_text = resolve_hparams(options.leaf, None, options.allow_module)
         archived = identity(archive.read_text(encoding="utf-8"), str(archive))
         _compare(
-            verb, where, identity(text), archived, pairs, identity(leaf_text), options.overwrite
+            later, where, identity(text), archived, pairs, identity(leaf_text), options.overwrite
         )
-        if verb != "train":
+        if later:
             text = resolve_hparams(options.leaf, pairs, options.allow_module, archive=archive)
             values = plain_values(text)
     if options.print_hparams:
         print(text, end="")
         return None
     # Only training prepares a corpus; later verbs find the audio through the manifests.
-    unused = () if verb == "train" else ("data_folder",)
+    unused = ("data_folder",) if later else ()
     fill_placeholders(text, options.leaf, unused)
     check_together(values, options.leaf)
     if verb == "train":
@@ -244,7 +258,7 @@ def open_run(
         print(f"{options.leaf}: ok ({len(values)} keys)")
         return None
     hparams = load_resolved(text, options.leaf, unused)
-    return Run(options.leaf, hparams, text, identity(text), where, options, run_options)
+    return Run(options.leaf, hparams, text, identity(text), where, options, run_options, pairs)
 
 
 def _look_around(verb: str, values: dict[str, Any], options: argparse.Namespace) -> None:
@@ -268,7 +282,7 @@ def _take_run_options(pairs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(
-    verb: str,
+    later: bool,
     experiment: Experiment,
     new: dict[str, Any],
     archived: dict[str, Any],
@@ -277,7 +291,7 @@ def _compare(
     overwrite: bool,
 ) -> None:
     archive = experiment.archive()
-    if verb == "train":
+    if not later:
         lines = differences(new, archived, stage_identity(new))
         if lines and not overwrite:
             raise UserError(

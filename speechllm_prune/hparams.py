@@ -150,7 +150,9 @@ def resolve_hparams(
     root = _base_of(path, leaf)
     tree = leaf if root == path else read_tree(root)
     if root != path and "base" in tree:
-        raise UserError(f"{line_of(tree, 'base', root)}: a base may not have a base of its own")
+        raise UserError(
+            f"{line_of(tree, 'base', root)}: a base may not have a base of its own; copy that leaf and edit it"
+        )
     defaults, places = _check_root(root, tree)
     if root != path:
         del leaf["base"]

@@ -68,7 +68,7 @@ def check_known(key: Any, keys: Iterable[str], where: str) -> None:
     """Refuse a key that is not there, naming the nearest one."""
     keys = list(keys)
     if key not in keys:
-        near = difflib.get_close_matches(str(key), keys, 1, cutoff=0.5)
+        near = difflib.get_close_matches(str(key), keys, 1, cutoff=0.6)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(f"{where}: unknown key '{key}'{hint}")
 

@@ -95,6 +95,9 @@ def verb(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         except Fault as error:
             print(f"error: {redact(str(error))}", file=sys.stderr)
             return FAULT
+        except BrokenPipeError:  # such as `| head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAULT
         except OSError as error:
             if error.errno not in _NO_WRITING:
                 raise
@@ -108,7 +111,7 @@ def verb(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
             return leave.code if isinstance(leave.code, int) else DONE
         except (Stopped, KeyboardInterrupt) as reason:
             print(
-                f"stopped: {reason or 'interrupted'}; run the same command again to resume",
+                f"stopped: {str(reason) or 'Ctrl-C'}; run the same command again to resume",
                 file=sys.stderr,
             )
             return STOPPED

@@ -41,7 +41,8 @@ from speechllm_prune.workbench import Workbench
 def train(bench: Workbench) -> None:
     """Stage 1: train the projector (and the decoder's adapters, if there are any)."""
     config_hash = bench.run.config_hash()
-    bench.prepare()
+    if not (bench.run.flags.export and bench.experiment.is_done("train")):
+        bench.prepare()  # to export what is there takes no corpus
     with bench.working_on("train", config_hash) as todo:
         if not todo:
             return

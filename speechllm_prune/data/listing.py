@@ -54,7 +54,7 @@ def expand_audio(names: Iterable[str]) -> list[str]:
 
 def _read_list(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path} is no list of audio files (it is not UTF-8 text)") from None
     names = [line.strip() for line in lines]
