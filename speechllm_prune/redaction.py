@@ -14,7 +14,8 @@ _SHAPES = re.compile(
     r"|\b(?:ghp|gho|ghs|github_pat)_\w{20,}"
     r"|\bsk-[\w-]{20,}"
     r"|\bAKIA[A-Z0-9]{16}\b"
-    r"|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)"  # user:password@host
+    r"|(?<=://)[^\s/@:]*:[^\s@\"'<>]+(?=@)"  # user:password@host; a password may hold a slash
+    r"|(?:(?<=http://)|(?<=https://))[^\s/@:]+(?=@)"  # token@host; ssh://git@host has none
 )
 _NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY", re.IGNORECASE)
 
@@ -38,6 +39,8 @@ def redact(text: str) -> str:
     '--prompt [redacted]'
     >>> redact("https://me:word@host/x")
     'https://[redacted]@host/x'
+    >>> redact("https://me:wo/rd@host/x https://0a1b2c@host/x ssh://git@host/x")
+    'https://[redacted]@host/x https://[redacted]@host/x ssh://git@host/x'
     """
     for value in _known():
         text = text.replace(value, BLANK)

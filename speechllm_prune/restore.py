@@ -263,6 +263,7 @@ def read_heal_state(experiment: Experiment, variant: Variant) -> HealState | Non
     )
     folder = experiment.require(f"heal/{variant.name}", command)
     done = read_json(folder / "DONE.json")
+    experiment.check_inputs(folder / "DONE.json", done)
     tensors = {}
     if "checkpoint" in done:
         tensors = load_checkpoint_tensors(

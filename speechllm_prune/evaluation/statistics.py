@@ -103,7 +103,7 @@ def largest_blocks(
     tolerance : float
         Largest accepted relative degradation.
     eval_sets : sequence of str
-        Sets that all must pass; one that was not evaluated does not pass.
+        Sets that all must pass; one that was not evaluated does not pass. Without any, nothing is chosen.
 
     Returns
     -------
@@ -116,7 +116,8 @@ def largest_blocks(
     (6, 2)
     """
     passes = {
-        n: all(is_within(degradations.get(name), tolerance) for name in eval_sets)
+        n: bool(eval_sets)
+        and all(is_within(degradations.get(name), tolerance) for name in eval_sets)
         for n, degradations in tested.items()
     }
     largest = max((n for n, passed in passes.items() if passed), default=None)

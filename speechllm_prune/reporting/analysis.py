@@ -58,13 +58,13 @@ class Choice:
     tolerance: float
     eval_sets: list[str]
     tested: dict[int, dict[str, Result]]
-    """{block size: {evaluation set: result}} along the path."""
+    """{block size: {evaluation set: result}} along the path, for sizes scored on an evaluation set."""
     largest: int | None
     safe: int | None
     on_dev: int | None
-    """The largest tested block within tolerance on the dev set alone."""
-    dev_tested: bool
-    """Whether any of the blocks was evaluated on the dev set."""
+    """The largest block within tolerance on the dev set alone, of all that were scored there."""
+    dev_tested: dict[int, dict[str, Result]]
+    """As `tested`, for sizes scored on the dev set."""
 
 
 def analyse(experiment: ExperimentData, tolerance: float | None = None) -> list[Result]:
@@ -173,7 +173,7 @@ def choose_blocks(
     source : str
         Whose path chose the blocks: `own`, `text`, `tail`.
     """
-    tested: dict[int, dict[str, Result]] = {}
+    scored: dict[int, dict[str, Result]] = {}
     for result in results:
         point = result.point
         if (
@@ -182,24 +182,38 @@ def choose_blocks(
             and (point.heal_mode, point.tag) == (heal_mode, tag)
             and source in experiment.sources(point.start_layer, point.block_size)
         ):
-            tested.setdefault(point.block_size, {})[point.eval_set] = result
-    degradations = {
-        n: {name: result.degradation for name, result in found.items()}
-        for n, found in tested.items()
-    }
-    largest, safe = largest_blocks(degradations, tolerance, experiment.eval_sets)
-    on_dev, _ = largest_blocks(degradations, tolerance, [experiment.dev_set])
+            scored.setdefault(point.block_size, {})[point.eval_set] = result
+    eval_sets, dev = experiment.eval_sets, [experiment.dev_set]
+    tested, dev_tested = _scored_on(scored, eval_sets), _scored_on(scored, dev)
+    largest, safe = largest_blocks(_degradations(tested), tolerance, eval_sets)
+    on_dev, _ = largest_blocks(_degradations(dev_tested), tolerance, dev)
     return Choice(
         heal_mode,
         tag,
         tolerance,
-        experiment.eval_sets,
-        dict(sorted(tested.items())),
+        eval_sets,
+        tested,
         largest,
         safe,
         on_dev,
-        dev_tested=any(experiment.dev_set in found for found in tested.values()),
+        dev_tested,
     )
+
+
+def _scored_on(
+    scored: Mapping[int, dict[str, Result]], sets: Sequence[str]
+) -> dict[int, dict[str, Result]]:
+    """The block sizes with a score on one of the sets: another one says nothing of what a rule chooses there."""
+    return {n: found for n, found in sorted(scored.items()) if not found.keys().isdisjoint(sets)}
+
+
+def _degradations(
+    tested: Mapping[int, Mapping[str, Result]],
+) -> dict[int, dict[str, float | None]]:
+    return {
+        n: {name: result.degradation for name, result in found.items()}
+        for n, found in tested.items()
+    }
 
 
 # -------------------------------------------------------------------------------------- utterance rows
@@ -261,8 +275,16 @@ def check_comparable(experiments: Sequence[ExperimentData]) -> None:
     Raises
     ------
     UserError
-        Naming the two files that contradict each other.
+        Naming the two files that contradict each other, or the two folders of one seed.
     """
+    seeds: dict[str, ExperimentData] = {}
+    for experiment in experiments:
+        first = seeds.setdefault(experiment.label, experiment)
+        if first is not experiment:
+            raise UserError(
+                f"{first.folder} and {experiment.folder} are both {experiment.label}, and would count as two seeds; "
+                "give one of them, or rename the folder of one: results/OTHER_NAME/<seed>"
+            )
     known: dict[tuple[str, str], list[Point]] = {}
     for experiment in experiments:
         layers: Point | None = None

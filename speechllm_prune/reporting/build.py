@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speechllm_prune.experiment import write_text
 from speechllm_prune.reporting.analysis import (
     TOLERANCE,
     Result,
     analyse,
     check_comparable,
 )
-from speechllm_prune.reporting.collect import ExperimentData, collect, find_experiments
+from speechllm_prune.reporting.collect import ExperimentData, collect
 from speechllm_prune.reporting.compare import (
     matrices_table,
     points_of_equal_depth,
     redundancy_table,
 )
+from speechllm_prune.reporting.find import find_experiments
 from speechllm_prune.reporting.forgetting import what_pruning_forgets
 from speechllm_prune.reporting.further import (
     figure2_stem,
@@ -32,9 +32,10 @@ from speechllm_prune.reporting.measured import (
     refuse_unequal_rules,
     with_post_norm,
 )
+from speechllm_prune.reporting.output import ReportFolder
 from speechllm_prune.reporting.page import PageContent, PageFigure, render_page
 from speechllm_prune.reporting.table1 import table1
-from speechllm_prune.reporting.tables import Table, points_table, to_csv, to_markdown
+from speechllm_prune.reporting.tables import Table, points_table, to_markdown
 from speechllm_prune.reporting.translation import table2
 from speechllm_prune.reporting.widgets import heatmaps, tolerance_chooser
 from speechllm_prune.runtime import UserError
@@ -111,7 +112,7 @@ def build_report(
         )
     if compare:
         refuse_unequal_rules(experiments)
-    folder = report_folder(experiments)
+    folder = ReportFolder(report_folder(experiments))
     results = {str(e.folder): analyse(e, tolerance) for e in with_points}
     tables = [
         table1(with_points, results, task, tolerance)
@@ -125,29 +126,29 @@ def build_report(
     compared: list[Table] = []
     if compare and len(with_points) > 1:
         content.compared = points_of_equal_depth(with_points, results)
-        _write_tables(folder / "compared", [content.compared])
+        folder.tables("compared", [content.compared])
         compared.append(content.compared)
     if tables:
-        _write_tables(folder / "table1", tables)
-        _write_tables(folder / "points", [points])
+        folder.tables("table1", tables)
+        folder.tables("points", [points])
     if content.comparisons:
         matrices = matrices_table(content.comparisons)
         matrices.notes = list(dict.fromkeys(note for e in experiments for note in e.notes))
-        _write_tables(folder / "matrices", [matrices])
+        folder.tables("matrices", [matrices])
         compared.append(matrices)
     content.redundancy = redundancy_table(experiments)
     if content.redundancy is not None:
-        _write_tables(folder / "redundancy", [content.redundancy])
+        folder.tables("redundancy", [content.redundancy])
         compared.append(content.redundancy)
     content.translation = table2(with_points, results)
     if content.translation is not None:
-        _write_tables(folder / "table2", [content.translation])
+        folder.tables("table2", [content.translation])
     further = further_tables(with_points, results, tolerance)
     content.further = shown_tables(further)
     if heatmaps_as_text := heatmap_tables(experiments):
         further["heatmaps"] = heatmaps_as_text
     for stem, found in further.items():
-        _write_tables(folder / stem, found)
+        folder.tables(stem, found)
     _draw_tables(content, folder)
     _add_choosers(content, with_points, results, tolerance)
     _add_forgotten(content, with_points, results, folder)
@@ -155,30 +156,26 @@ def build_report(
     if compare:
         _add_common_heatmap(content, folder)
     _add_heatmaps(content, folder)
-    page = write_text(folder / "report.html", render_page(content, folder))
+    page = folder.text("report.html", render_page(content, folder.path))
+    folder.remove_old()
     shown = [*tables, *([content.translation] if content.translation else [])]
     text = "\n".join(to_markdown(table) for table in shown)
     incomplete = [f"{e.label}: {line}" for e in experiments for line in e.incomplete]
     side_by_side = "\n".join(to_markdown(table) for table in compared) if compare else ""
     more = "\n".join(to_markdown(table) for found in content.further.values() for table in found)
-    return Report(folder, page, text, incomplete, more, side_by_side)
+    return Report(folder.path, page, text, incomplete, more, side_by_side)
 
 
-def _write_tables(stem: Path, tables: Sequence[Table]) -> None:
-    write_text(stem.with_suffix(".md"), "\n".join(to_markdown(table) for table in tables))
-    write_text(stem.with_suffix(".csv"), to_csv([r for table in tables for r in table.records]))
-
-
-def _draw_tables(content: PageContent, folder: Path) -> None:
+def _draw_tables(content: PageContent, folder: ReportFolder) -> None:
     """The tables that one shows to others, as pictures too."""
     from speechllm_prune.reporting import figures
 
     translation = [content.translation] if content.translation else []
     for stem, tables in (("table1", content.tables), ("table2", translation)):
         if tables:
-            figures.save_figure(figures.table_figure(tables), folder / stem)
+            folder.figure(stem, figures.table_figure(tables))
     for stem, tables in content.further.items():
-        figures.save_figure(figures.table_figure(tables), folder / stem)
+        folder.figure(stem, figures.table_figure(tables))
 
 
 def _add_choosers(
@@ -197,12 +194,12 @@ def _add_forgotten(
     content: PageContent,
     experiments: Sequence[ExperimentData],
     results: dict[str, list[Result]],
-    folder: Path,
+    folder: ReportFolder,
 ) -> None:
     content.forgotten = [what_pruning_forgets(e, results[str(e.folder)]) for e in experiments]
     tables = [table for one in content.forgotten for table in one.tables]
     if tables:
-        _write_tables(folder / "forgetting", tables)
+        folder.tables("forgetting", tables)
 
 
 def _add_curves(
@@ -210,39 +207,39 @@ def _add_curves(
     experiments: Sequence[ExperimentData],
     results: dict[str, list[Result]],
     tolerance: float | None,
-    folder: Path,
+    folder: ReportFolder,
 ) -> None:
     from speechllm_prune.reporting import curves, figures
 
     for task in TOLERANCE:
         of_task = [e for e in experiments if e.task == task]
-        if of_task:
+        if any(experiment.eval_sets for experiment in of_task):
             caption = (
                 "Figure 2: relative degradation against the share of removed layers, positive is worse. Bars: 95 % "
                 "paired bootstrap interval over utterances; dotted: tolerance; dashed: the unpruned model of the next "
-                "smaller tier, if it is in this report; control: nothing removed, healed as for that n. Points of "
+                "smaller tier, if it is in this report; control: nothing removed, healed all the same. Points of "
                 "equal depth are drawn slightly apart."
             )
             figure = curves.figure2(of_task, results, tolerance)
-            content.curves.append(_page_figure(figure, folder / figure2_stem(task), caption))
+            content.curves.append(_page_figure(figure, folder, figure2_stem(task), caption))
         for name in dict.fromkeys(name for e in of_task for name in e.eval_sets):
             figure = curves.pruning_curve(of_task, results, name, tolerance)
             caption = (
                 f"{name}: score against the share of removed layers. Bars: 95 % bootstrap interval over utterances; "
-                "dotted: the largest accepted score; control: nothing removed, healed as for that n. Points of equal "
+                "dotted: the largest accepted score; control: nothing removed, healed all the same. Points of equal "
                 "depth are drawn slightly apart."
             )
-            stem = folder / f"pruning_curve_{name}"
-            content.curves.append(_page_figure(figure, stem, caption))
+            stem = f"pruning_curve_{name}"
+            content.curves.append(_page_figure(figure, folder, stem, caption))
     for experiment in experiments:
         training = figures.training_curve(experiment)
         if training is not None:
-            stem = folder / f"training_curve{_suffix(experiment, experiments)}"
+            stem = f"training_curve{_suffix(experiment, experiments)}"
             caption = f"{experiment.label}: validation during training, before anything is removed."
-            content.training.append(_page_figure(training, stem, caption))
+            content.training.append(_page_figure(training, folder, stem, caption))
 
 
-def _add_heatmaps(content: PageContent, folder: Path) -> None:
+def _add_heatmaps(content: PageContent, folder: ReportFolder) -> None:
     from speechllm_prune.reporting import figures
 
     for experiment in content.experiments:
@@ -258,13 +255,13 @@ def _add_heatmaps(content: PageContent, folder: Path) -> None:
             f"last token. Dark blocks change little. Line: the block that the pruning path removes at each n"
             f"{'; both panels on one scale' if len(measured) > 1 else ''}."
         )
-        files = figures.save_figure(figure, folder / f"heatmap{suffix}_{'_'.join(measured)}")
+        files = folder.figure(f"heatmap{suffix}_{'_'.join(measured)}", figure)
         names = [panel.title.partition("\n")[0] for panel in panels]
         drawing = heatmaps(list(measured.values()), names)
         content.heatmaps.append(PageFigure(drawing, caption, files, interactive=True))
 
 
-def _add_common_heatmap(content: PageContent, folder: Path) -> None:
+def _add_common_heatmap(content: PageContent, folder: ReportFolder) -> None:
     """All measurements of all experiments on one scale, and below them what the final norm would make of them."""
     from speechllm_prune.reporting import figures
 
@@ -293,7 +290,7 @@ def _add_common_heatmap(content: PageContent, folder: Path) -> None:
             " Below: the blocks that end at the last layer as they look if that layer's output is taken after the "
             "final norm, as most tools do; the paths are those above."
         )
-    content.heatmaps.append(_page_figure(figure, folder / "heatmap_compared", caption))
+    content.heatmaps.append(_page_figure(figure, folder, "heatmap_compared", caption))
 
 
 def _suffix(experiment: ExperimentData, only: Sequence[ExperimentData]) -> str:
@@ -302,9 +299,9 @@ def _suffix(experiment: ExperimentData, only: Sequence[ExperimentData]) -> str:
     return "" if alone else f"_{experiment.name}_{experiment.seed}"
 
 
-def _page_figure(figure: Any, stem: Path, caption: str) -> PageFigure:
+def _page_figure(figure: Any, folder: ReportFolder, stem: str, caption: str) -> PageFigure:
     from speechllm_prune.reporting import figures
 
-    files = figures.save_figure(figure, stem)
+    files = folder.figure(stem, figure)
     svg = next(path for path in files if path.suffix == ".svg").read_text(encoding="utf-8")
-    return PageFigure(figures.inline_svg(svg, stem.name, caption), caption, files)
+    return PageFigure(figures.inline_svg(svg, stem, caption), caption, files)

@@ -5,8 +5,8 @@ A *point* is one variant on one evaluation set (`eval/<variant>/<corpus>-<split>
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import numpy as np
 
 from speechllm_prune.experiment import read_json
 from speechllm_prune.hparams import identity
+from speechllm_prune.reporting.find import changed_inputs, evaluate_command
 from speechllm_prune.runtime import UserError
 from speechllm_prune.tasks import TASKS
 
 VARIANT = re.compile(
     r"(?P<control>control-)?l(?P<start>\d{2,})n(?P<size>\d{2,})-(?P<mode>[a-z]+)(?:\+(?P<tag>[\w.+-]+))?"
 )
-STAGES = ("train", "measure", "prune", "heal", "eval")
 MEASURED = ("speech", "text", "speech-no_lora", "text-no_lora")
 SHUFFLED = "shuffled_audio"
 """Tag of the sanity check in which every utterance is decoded from another one's audio."""
@@ -153,6 +153,13 @@ class ExperimentData:
         return [name for name in order if name in full] or order
 
     @property
+    def unjudged_sets(self) -> list[str]:
+        """Sets of `eval_manifests` that the unpruned model was not evaluated on: no rule can be judged there."""
+        full = {point.eval_set for point in self.points if point.is_full}
+        named = [name.replace("/", "-") for name in self.settings.get("eval_manifests", [])]
+        return [name for name in named if name not in full]
+
+    @property
     def notes(self) -> list[str]:
         """The distinct `results_note`s of everything in the folder."""
         found = [point.note for point in self.points]
@@ -173,46 +180,7 @@ class ExperimentData:
         return sorted(set(found))
 
 
-# -------------------------------------------------------------------------------------------- finding
-def find_experiments(folders: Iterable[str | Path]) -> list[Path]:
-    """Seed folders named by the command line: `results/<name>/<seed>`, or `results/<name>` for all seeds below.
-
-    `--debug` runs (`<seed>-debug`) count only when named themselves.
-
-    Raises
-    ------
-    UserError
-        If a folder is missing or holds no stage of an experiment.
-    """
-    found: list[Path] = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(
-                f"experiment folder {folder} does not exist; make it with: "
-                "python train.py LEAF.yaml --data_folder FOLDER (the demo: make demo)"
-            )
-        if any((folder / stage).is_dir() for stage in STAGES):
-            seeds = [folder]
-        else:
-            seeds = [
-                child
-                for child in sorted(folder.iterdir())
-                if not child.name.endswith("-debug")
-                and any((child / stage).is_dir() for stage in STAGES)
-                and child.name.isdigit()
-            ]
-        if not seeds:
-            raise UserError(
-                f"{folder} holds no experiment (no {', '.join(STAGES)} in it or in a <seed> folder below); "
-                "give results/<experiment_name> or results/<experiment_name>/<seed>, and run first: "
-                "python train.py LEAF.yaml --data_folder FOLDER"
-            )
-        found += [
-            seed for seed in seeds if seed.resolve() not in {known.resolve() for known in found}
-        ]
-    return found
-
-
+# -------------------------------------------------------------------------------------------- reading
 def collect(folder: Path) -> ExperimentData:
     """Read one seed folder. Half-written and missing files are listed in `incomplete`, never fatal."""
     folder = Path(folder)
@@ -225,7 +193,10 @@ def collect(folder: Path) -> ExperimentData:
     _collect_points(data)
     for name in filter(lambda name: (folder / "measure" / name).is_dir(), MEASURED):
         try:
-            data.measurements[name] = read_measurement(folder / "measure" / name)
+            measurement = read_measurement(folder / "measure" / name)
+            if changed := changed_inputs(folder, measurement.record):
+                raise ValueError(f"left out, {', '.join(changed)} changed since")
+            data.measurements[name] = measurement
         except (UserError, OSError, KeyError, TypeError, ValueError) as error:
             data.incomplete.append(f"measure/{name}: {failure_reason(error)}; run measure.py again")
     for stage_name in ("train", *_children(folder, "heal")):
@@ -234,6 +205,12 @@ def collect(folder: Path) -> ExperimentData:
             data.incomplete.append(
                 f"{stage_name}: not finished (no DONE.json); run its command again to resume"
             )
+    for name in _children(folder, "heal"):
+        with contextlib.suppress(UserError):  # listed above, or read by nobody
+            if changed := changed_inputs(folder, read_json(folder / name / "DONE.json")):
+                data.incomplete.append(
+                    f"{name}: {', '.join(changed)} changed since; run its command again with --overwrite"
+                )
     return data
 
 
@@ -270,19 +247,40 @@ def _collect_plans(data: ExperimentData) -> None:
 
 
 def _collect_points(data: ExperimentData) -> None:
+    listed: set[tuple[str, str]] = set()
     for variant in _children(data.folder, "eval"):
+        stale: dict[str, str] = {}
         for name in _children(data.folder, variant):
             try:
-                data.points.append(read_point(data.folder / name, data.name, data.seed))
+                point = read_point(data.folder / name, data.name, data.seed)
+                if changed := changed_inputs(data.folder, point.record):
+                    stale[point.eval_set] = ", ".join(changed)
+                    listed.add((variant, point.eval_set))
+                else:
+                    data.points.append(point)
             except (UserError, KeyError, TypeError, ValueError) as error:
                 data.incomplete.append(f"{name}: {failure_reason(error)}; run evaluate.py again")
+                listed.add((variant, name.rpartition("/")[2]))
+        if stale:
+            data.incomplete.append(
+                f"{variant}: left out on {', '.join(stale)}: {', '.join(sorted(set(stale.values())))} changed since; "
+                f"run: {evaluate_command(variant.removeprefix('eval/'))} --overwrite"
+            )
     expected = {point.eval_set for point in data.points if point.is_full} - {data.dev_set}
+    if data.points:
+        data.incomplete += [
+            f"eval/full: not evaluated on {name} of eval_manifests, where no rule is judged; "
+            f"run: {evaluate_command('full')}"
+            for name in data.unjudged_sets
+            if ("eval/full", name) not in listed
+        ]
     for variant in _children(data.folder, "eval"):
         short = variant.removeprefix("eval/")
         seen = {point.eval_set for point in data.points if point.variant == short}
+        seen |= {name for other, name in listed if other == variant}
         if SHUFFLED not in short:  # the sanity check is run on one set only, on purpose
             data.incomplete += [
-                f"{variant}: not evaluated on {name}; run: python evaluate.py LEAF.yaml --variant {short}"
+                f"{variant}: not evaluated on {name}; run: {evaluate_command(short)}"
                 for name in sorted(expected - seen)
             ]
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from speechllm_prune.reporting.analysis import Result
 from speechllm_prune.reporting.collect import SHUFFLED, ExperimentData
-from speechllm_prune.reporting.figures import INK, RC, STYLE
+from speechllm_prune.reporting.figures import INK, RC, STYLE, errorbar
 from speechllm_prune.reporting.relative import next_smaller, on_text_path, series_label
 
 LINES = {"none": ":", "decoder": "-.", "projector": "--", "joint": "-"}
@@ -107,7 +107,7 @@ def _draw_series(
         gaps = {r.point.drop_percent for s in series for r in s.results} - {x for x, _ in drawn}
         drawn = sorted([*drawn, *((x, (float("nan"),) * 3) for x in gaps)])
         offset = step * (index * shift[1] + shift[0] - (total - 1) / 2)
-        _errorbar(
+        errorbar(
             axis,
             [x + offset for x, _ in drawn],
             [value for _, value in drawn],
@@ -118,13 +118,6 @@ def _draw_series(
             markersize=9 if one.hollow and not marker else 6,
             label=one.label,
         )
-
-
-def _errorbar(axis: Any, x: Sequence[float], values: Sequence[Interval], **style: Any) -> None:
-    points = np.array(values, dtype=float).reshape(-1, 3)
-    bars = np.nan_to_num(np.abs(points[:, 1:] - points[:, :1]), nan=0.0, posinf=0.0).T
-    style = {"markersize": 6, "linewidth": 1.5, "elinewidth": 0.9, "capsize": 2.0} | style
-    axis.errorbar(x, points[:, 0], yerr=bars, **style)
 
 
 def _score(result: Result) -> Interval:
@@ -151,7 +144,7 @@ def _draw_controls(
         point, value = result.point, value_of(result)
         if point.control and not point.tag and value is not None:
             place += 1
-            _errorbar(
+            errorbar(
                 axis,
                 [-1.2 * place],
                 [value],
@@ -246,7 +239,7 @@ def _draw_unpruned(
             label=f"tolerance: {100 * tolerance:g} % worse",
         )
     # The marker carries the legend entry, so that it differs from the curves in more than its colour.
-    _errorbar(axis, [0.0], [_score(full)], marker=marker or "P", **style)
+    errorbar(axis, [0.0], [_score(full)], marker=marker or "P", **style)
 
 
 def _log_ticks(axis: Any, ticks: Sequence[float]) -> None:

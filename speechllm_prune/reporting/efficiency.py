@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +17,18 @@ from speechllm_prune.reporting.paper import (
 )
 from speechllm_prune.reporting.tables import MISSING, Table, fixed
 
-CONDITIONS = ("device", "precision", "features_cached")
-"""Fields of metrics.json that must be equal before two times are compared."""
+CONDITIONS = (
+    "device",
+    "device_name",
+    "precision",
+    "features_cached",
+    "eval_batch_size",
+    "eval_batch_positions",
+    "num_processes",
+    "decode_graphs",
+)
+"""Fields of metrics.json that must be equal before two times are compared, or be missing on both sides."""
+UNKNOWN = "not stated"
 
 
 @dataclass(frozen=True)
@@ -51,30 +63,64 @@ def saving_of(before: Mapping[str, Point], after: Mapping[str, Point]) -> Saving
     def first(key: str) -> tuple[int, int] | None:
         return next(((int(one), int(two)) for one, two in both(key)), None)
 
-    conditions = [{record.get(key) for pair in pairs for record in pair} for key in CONDITIONS]
-    alike = bool(pairs) and all(len(values) == 1 for values in conditions)
-    seconds, memory = both("seconds"), both("peak_memory_bytes")
-    device, precision = (str(next(iter(values), None) or "not stated") for values in conditions[:2])
+    conditions = {
+        key: {record.get(key, UNKNOWN) for pair in pairs for record in pair} for key in CONDITIONS
+    }
+    unlike = [key for key, values in conditions.items() if len(values) > 1]
+    alike = bool(pairs) and not unlike
+    memory = both("peak_memory_bytes")
+    device, name, precision = (
+        str(next(iter(conditions[key]), None) or UNKNOWN)
+        for key in ("device", "device_name", "precision")
+    )
+    device += f" ({name})" if name not in (UNKNOWN, device) else ""
     return Saving(
-        # Sums over the sets: short sets do not count as much as long ones.
-        (sum(s for s, _ in seconds), sum(s for _, s in seconds)) if alike and seconds else None,
+        _timed_seconds(before, after) if alike else None,
         # On a CPU it is the high-water mark of a process that may have held other models too.
         (max(m for m, _ in memory) / 2**30, max(m for _, m in memory) / 2**30)
         if alike and memory and device.startswith("cuda")
         else None,
         first("num_parameters"),
         first("decoder_parameters"),
-        f"{device}, {precision}{', encoder features cached' * (conditions[2] == {True})}"
+        f"{device}, {precision}{', encoder features cached' * (conditions['features_cached'] == {True})}"
         if alike
-        else "not alike",
+        else f"not alike: {', '.join(unlike)}",
     )
+
+
+def _timed_seconds(
+    before: Mapping[str, Point], after: Mapping[str, Point]
+) -> tuple[float, float] | None:
+    """Sums over the sets, in which short sets do not count as much as long ones; None if one was not timed alike."""
+    totals = [0.0, 0.0]
+    for name in before:
+        if name in after:
+            timed = [_timed(point) for point in (before[name], after[name])]
+            if None in timed or not math.isclose(timed[0][0], timed[1][0]):  # type: ignore[index]
+                return None
+            totals = [total + one[1] for total, one in zip(totals, timed, strict=True)]  # type: ignore[index]
+    return (totals[0], totals[1]) if all(totals) else None
+
+
+def _timed(point: Point) -> tuple[float, float] | None:
+    """Seconds of audio and of decoding it, without the warm-up, as in rtfx; older files time it for the whole set."""
+    record = point.record
+    if record.get("timed_seconds") and record.get("timed_audio_seconds"):
+        return record["timed_audio_seconds"], record["timed_seconds"]
+    try:
+        lines = (point.folder / "hyps.jsonl").read_text(encoding="utf-8").splitlines()
+        audio = math.fsum(json.loads(line)["duration"] for line in lines if line)
+        return audio, audio / record["rtfx"]
+    except (OSError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
 
 
 def savings(
     experiment: ExperimentData, results: Sequence[Result], heal_mode: str = "joint"
 ) -> dict[int, Saving]:
     """{n: saving} of every tested block on the own path; every n of the sweep is decoded by the same code."""
-    before = {r.point.eval_set: r.point for r in results if r.point.is_full}
+    full = {r.point.eval_set: r.point for r in results if r.point.is_full}
+    before = {name: full[name] for name in experiment.eval_sets if name in full}
     tested = choose_blocks(experiment, results, experiment.tolerance, heal_mode).tested
     return {
         n: saving_of(before, {name: result.point for name, result in found.items()})
@@ -112,8 +158,10 @@ def efficiency_table(
     ways = ", ".join(f"{name} ({factor:.2f}x)" for name, factor in speedup_readings().items())
     before, after = PEAK_MEMORY_GIB
     table.remarks = [
-        "*: the largest n within tolerance. Decoding time: sum over the evaluation sets, one run each; "
-        "time: share gone; speed: share by which it is faster. Peak memory: on a GPU only.",
+        "*: the largest n within tolerance. Decoding time: sum over the evaluation sets, one run each, without every "
+        "process's first batch, its warm-up (`timed_seconds` of metrics.json; older files have none: the audio of the "
+        "set divided by its `rtfx`); time and speed: how they change. Peak memory: on a GPU only. Times are wall-clock: other work on the same "
+        "cores, such as the demo's second process, is in them.",
         f"The paper, Llama-3.1-8B without {EFFICIENCY_DROP:g} % of its layers on one H100: '{WALL_CLOCK_SPEEDUP:g} % "
         f"wall-clock speedup', which reads as {ways}; {before} -> {after} GiB ({100 * (after / before - 1):+.1f} %).",
     ]

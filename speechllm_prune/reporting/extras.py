@@ -21,6 +21,7 @@ from speechllm_prune.evaluation.statistics import (
 )
 from speechllm_prune.reporting.analysis import Result, read_rows
 from speechllm_prune.reporting.collect import SHUFFLED, ExperimentData, Point
+from speechllm_prune.reporting.find import unequal_healing
 from speechllm_prune.reporting.tables import MISSING, Table, block_label, fixed, span
 
 PAPER_MODE = "joint"
@@ -134,8 +135,28 @@ def _summary(name: str, seeds: Sequence[_Seed], metric: str, notes: list[str]) -
         "where the paired interval of each lies.",
         "Verdict: helps or hurts if the interval of the mean difference lies on one side of 0 in every one of at least "
         "two seeds; no difference shown otherwise.",
+        *_healing_remarks(seeds),
     ]
     return table
+
+
+def _healing_remarks(seeds: Sequence[_Seed]) -> list[str]:
+    """Whether what is held against each other was healed for the same steps with the same LoRA."""
+    unequal, unknown = [], set()
+    pairs = [(seed, *names) for seed in seeds for names in _compared(seeds)]
+    for seed, healing, other in pairs:
+        for cut in [key[:2] for key in seed.results if key[2] == healing]:
+            if (*cut, other) in seed.results:
+                one, two = (seed.results[(*cut, name)].point for name in (healing, other))
+                root, names = one.folder.parents[2], (one.variant, two.variant)
+                found = unequal_healing(root, *names, whole=False)
+                unknown |= {f"{seed.label}: {' and '.join(names)}"} if found is None else set()
+                unequal += [f"{seed.label}: {' and '.join(names)}: {text}" for text in found or ()]
+    remarks = [f"Not healed alike: {'; '.join(dict.fromkeys(unequal))}."] if unequal else []
+    if unknown:
+        text = f"{len(unknown)} pairs of a cut's healings do not both state their steps and LoRA"
+        remarks.append(f"{text} (heal/*/DONE.json), such as {min(unknown)}.")
+    return remarks
 
 
 def _add_summary(

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -192,6 +193,37 @@ def _inches(text: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------- output
+def errorbar(
+    axis: Any, x: Sequence[float], values: Sequence[tuple[float, float, float]], **style: Any
+) -> None:
+    """Points with bars from their lower to their upper ends; a bar without end is an arrow to the edge of the axis.
+
+    Arguments
+    ---------
+    axis : matplotlib.axes.Axes
+        Where to draw.
+    x, values : sequences
+        Places, and there a value with its lower and upper end.
+    style
+        Of `axis.errorbar`.
+    """
+    points = np.array(values, dtype=float).reshape(-1, 3)
+    bars = np.abs(points[:, 1:] - points[:, :1])
+    endless = np.isinf(bars)
+    bars = np.where(np.isfinite(bars), bars, 0.0).T
+    style = {"markersize": 6, "linewidth": 1.5, "elinewidth": 0.9, "capsize": 2.0} | style
+    axis.errorbar(x, points[:, 0], yerr=bars, **style)
+    for index, edge in zip(*np.nonzero(endless), strict=True):
+        arrow = {"arrowstyle": "->", "color": style["color"], "linewidth": style["elinewidth"]}
+        axis.annotate(
+            "",
+            xy=(x[index], float(edge)),
+            xycoords=axis.get_xaxis_transform(),
+            xytext=(x[index], points[index, 0]),
+            arrowprops=arrow | {"shrinkA": 0.0, "shrinkB": 0.0},
+        )
+
+
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Write `<stem>.png` and `<stem>.svg`; equal figures give equal files. Returns their paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)

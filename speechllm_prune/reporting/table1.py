@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from speechllm_prune.reporting.analysis import Choice, Result, choose_blocks
 from speechllm_prune.reporting.collect import ExperimentData
+from speechllm_prune.reporting.find import unequal_healing
 from speechllm_prune.reporting.tables import MISSING, Table, block_label, fixed, percent
+
+NOTHING_SCORED = "no evaluation set scored"
 
 
 def table1(
@@ -56,10 +59,8 @@ def table1(
         "unpruned model, positive is worse. Verdict: whether the 95 % paired bootstrap interval of that change lies "
         "within the tolerance on all sets, exceeds it on one, or leaves it undecided."
     )
-    if any("control-" in record["variant"] for record in table.records):
-        table.remarks.append(
-            "Control: nothing removed, the same healing for the same steps: what healing gives without a cut."
-        )
+    for experiment in chosen:
+        table.remarks += _control_remarks(experiment, results[str(experiment.folder)], heal_mode)
     return table
 
 
@@ -70,6 +71,8 @@ def _listed(values: Mapping[str, str]) -> str:
 def chosen_sizes(choice: Choice) -> list[str]:
     """What the rules choose, as text: largest n, safe n, n by dev only, tested n."""
     on_dev = str(choice.on_dev or "none") if choice.dev_tested else MISSING
+    if not choice.tested:
+        return [MISSING, MISSING, on_dev, "–"]
     sizes = [str(choice.largest or "none"), str(choice.safe or "none"), on_dev]
     return [*sizes, " ".join(map(str, choice.tested))]
 
@@ -86,7 +89,8 @@ def _add_experiment(
     _add_row(table, experiment.label, "full", full, eval_sets, choice)
     blank = ["", *("" for _ in eval_sets), ""]
     if not choice.tested:
-        table.rows.append(["+ Pruning", "not tested", *blank, "", "", "", ""])
+        why = "not tested" if choice.eval_sets else NOTHING_SCORED
+        table.rows.append(["+ Pruning", why, *blank, *chosen_sizes(choice)])
     elif choice.largest is None:
         cells = ["none within tolerance", *blank, *chosen_sizes(choice)]
         table.rows.append(["+ Pruning", *cells])
@@ -98,7 +102,8 @@ def _add_experiment(
     shown: set[int] = set()
     for label, kind, n in rows:
         if n is not None and n not in shown:
-            _add_row(table, label, kind, choice.tested[n], eval_sets, choice)
+            found = choice.tested.get(n) or choice.dev_tested[n]
+            _add_row(table, label, kind, found, eval_sets, choice)
             shown.add(n)
     for name, found in _controls(judged, choice.heal_mode).items():
         _add_row(table, f"control ({name})", "control", found, eval_sets, choice)
@@ -112,9 +117,30 @@ def _controls(results: Sequence[Result], heal_mode: str) -> dict[str, dict[str, 
     return found
 
 
-def joint_verdict(results: Sequence[Result]) -> str:
-    """`exceeds` if it does on any set, `within` if on all, else `undecided`."""
-    verdicts = {result.verdict for result in results}
+def _control_remarks(
+    experiment: ExperimentData, judged: Sequence[Result], heal_mode: str
+) -> list[str]:
+    """Whether each control was healed as the cut that it controls for."""
+    remarks = []
+    for control in _controls(judged, heal_mode):
+        cut = control.removeprefix("control-")
+        unequal = unequal_healing(experiment.folder, control, cut)
+        text = f"{experiment.label}, {control}: nothing removed, "
+        if unequal is None:
+            text += f"healed; whether as {cut} was, cannot be said (heal/*/DONE.json of both)."
+        elif unequal:
+            text += f"but not healed as {cut} was: {'; '.join(unequal)}."
+        else:
+            text += (
+                f"the same healing for the same steps as {cut}: what healing gives without a cut."
+            )
+        remarks.append(text)
+    return remarks
+
+
+def joint_verdict(results: Sequence[Result | None]) -> str:
+    """`exceeds` if it does on any set, `within` if on all, else `undecided`; None: not evaluated on a set."""
+    verdicts = {result.verdict if result else "undecided" for result in results}
     if "exceeds" in verdicts:
         return "exceeds"
     return "within" if verdicts == {"within"} else "undecided"
@@ -141,7 +167,7 @@ def _add_row(
         table.records.append(_record(row_kind, result, choice))
     any_point = next((result.point for result in found.values()), None)
     pruned = any_point is not None and any_point.is_pruned
-    judged = [result for name, result in found.items() if name in choice.eval_sets]
+    judged = [found.get(name) for name in choice.eval_sets]
     table.rows.append(
         [
             label,
@@ -183,6 +209,8 @@ def _record(row_kind: str, result: Result, choice: Choice) -> dict[str, object]:
 
 def _choice_remark(experiment: ExperimentData, choice: Choice) -> str:
     name = f"{experiment.label}, {choice.heal_mode} healing on its own path: "
+    if not choice.eval_sets:
+        return name + f"{NOTHING_SCORED} (python evaluate.py LEAF.yaml, python sweep.py LEAF.yaml)"
     if not choice.tested:
         return name + (
             "not tested (needs measure/speech and points on its path: python measure.py LEAF.yaml, "
@@ -207,4 +235,7 @@ def _sets_remark(experiment: ExperimentData) -> list[str]:
         command = "python evaluate.py LEAF.yaml --variant full"
         return [f"{experiment.label}: the unpruned model was not evaluated; run: {command}"]
     counts = [f"{n} {full[n].num_utterances}" for n in experiment.set_order if n in full]
-    return [f"{experiment.label}, utterances: {', '.join(counts)}."]
+    text = f"{experiment.label}, utterances: {', '.join(counts)}."
+    if experiment.unjudged_sets:
+        text += f" The rule was not applied to {', '.join(experiment.unjudged_sets)} of its eval_manifests."
+    return [text]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from speechllm_prune.reporting.analysis import Result
 from speechllm_prune.reporting.collect import ExperimentData, Measurement, Point, collect
@@ -60,12 +61,30 @@ def asr_path_for(
         theirs = other.measurements.get("speech")
         if theirs is None or not other.points or other.points[0].task != "asr":
             continue
-        rules = theirs.last_token, theirs.record.get("decoder_hub")
-        if theirs.num_layers == num_layers and (
-            own is None or rules == (own.last_token, own.record.get("decoder_hub"))
-        ):
+        alike = own is None or theirs.last_token == own.last_token
+        if theirs.num_layers == num_layers and alike and _same_decoder(experiment, other):
             found.append((other.seed != experiment.seed, len(found), other, theirs))
     return min(found, key=lambda item: item[:2])[2:] if found else None
+
+
+def _same_decoder(first: ExperimentData, second: ExperimentData) -> bool:
+    """By the fingerprints of their files where both have one, else by name; what says neither is another one."""
+    for one, two in zip(_decoder_of(first), _decoder_of(second), strict=True):
+        if one and two:
+            return bool(one == two)
+    return False
+
+
+def _decoder_of(experiment: ExperimentData) -> tuple[Any, Any]:
+    """Fingerprint and `decoder_hub`, of the measured path first: it is what is borrowed."""
+    measured = experiment.measurements.get("speech")
+    record = measured.record if measured else {}
+    models = [p.record["models"]["decoder"] for p in experiment.points if p.record.get("models")]
+    model = models[0] if models else {}
+    return (
+        record.get("decoder_fingerprint") or model.get("fingerprint"),
+        record.get("decoder_hub") or experiment.settings.get("decoder_hub") or model.get("hub"),
+    )
 
 
 def _path_owners(experiment: ExperimentData) -> list[ExperimentData]:

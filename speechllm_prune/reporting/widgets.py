@@ -206,6 +206,11 @@ def tolerance_chooser(
         "axes": {"low": axes.low, "high": axes.high, "top": axes.top, "height": axes.height},
     }
     most = math.ceil(100 * max(MOST, tolerance))
+    percents = f"{100 * tolerance:.10f}".rstrip("0").rstrip(".")
+    decimals = len(percents.partition(".")[2])
+    # A browser moves a slider to the nearest step: one of them must be the table's own tolerance.
+    step = f"{10.0**-decimals:g}" if decimals <= 2 else "any"
+    step = "0.5" if float(percents) % 0.5 == 0 else step
     metric = SCORE[experiment.points[0].metric]
     heads = ["healing", "rule", "n", "% drop", "removed", *(f"{s} {metric}" for s in sets)]
     head = "".join(f'<th scope="col">{html.escape(h)}</th>' for h in [*heads, "verdict"])
@@ -213,9 +218,9 @@ def tolerance_chooser(
     return (
         f'<div class="chooser" data-chooser="{_data(data)}"><h3>{html.escape(experiment.label)}</h3>'
         f'<p class="slider"><label for="{key}-slider">Tolerance: how much worse than the unpruned model</label>'
-        f'<input id="{key}-slider" type="range" min="0" max="{most}" step="0.5" value="{100 * tolerance:g}" '
+        f'<input id="{key}-slider" type="range" min="0" max="{most}" step="{step}" value="{percents}" '
         f'autocomplete="off" aria-describedby="{key}-told"><output id="{key}-told" for="{key}-slider">'
-        f"{100 * tolerance:g} % worse is accepted.</output></p>"
+        f"{percents} % worse is accepted.</output></p>"
         f'<div class="split"><div>{_chart(experiment, choices, axes, tolerance)}</div>'
         f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(title)}">'
         f'<table id="{key}-chosen"><caption>{html.escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>\n'
@@ -258,7 +263,7 @@ def _chosen_rows(choice: Choice) -> str:
         blank = ["none", "–", "–", *("–" for _ in choice.eval_sets), "–"]
         if n is not None:
             found = choice.tested[n]
-            judged = joint_verdict([found[name] for name in choice.eval_sets])
+            judged = joint_verdict([found.get(name) for name in choice.eval_sets])
             blank = [*_cells(n, found, choice.eval_sets), judged]
         head = html.escape(healing_name(choice.heal_mode))
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in [rule, *blank])
@@ -269,7 +274,7 @@ def _chosen_rows(choice: Choice) -> str:
 def _worst_change(found: Mapping[str, Result], sets: Sequence[str]) -> float | None:
     changes = [found[name].degradation if name in found else None for name in sets]
     known = [change for change in changes if change is not None]
-    return max(known) if len(known) == len(changes) else None
+    return max(known) if known and len(known) == len(changes) else None
 
 
 def _axes(choices: Sequence[Choice], tolerance: float) -> _Axes:

@@ -16,8 +16,9 @@ from speechllm_prune.reporting.analysis import (
     choose_blocks,
 )
 from speechllm_prune.reporting.build import build_report
-from speechllm_prune.reporting.collect import collect, find_experiments, read_train_log
+from speechllm_prune.reporting.collect import collect, read_train_log
 from speechllm_prune.reporting.compare import points_of_equal_depth
+from speechllm_prune.reporting.find import find_experiments
 from speechllm_prune.reporting.measured import compare_all_measurements, compare_measurements
 from speechllm_prune.reporting.table1 import table1
 from speechllm_prune.reporting.tables import points_table, to_html, to_markdown

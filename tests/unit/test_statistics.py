@@ -69,6 +69,7 @@ def test_largest_and_safe_block():
     assert largest_blocks(tested, 0.25, ["a"]) == (6, 1)
     assert largest_blocks({2: {"a": 0.9}}, 0.25, ["a"]) == (None, None)
     assert largest_blocks({}, 0.25, ["a"]) == (None, None)
+    assert largest_blocks({1: {"dev": 9.0}, 10: {"dev": 9.0}}, 0.25, []) == (None, None)
 
 
 def test_verdict_of_an_interval():
