@@ -160,8 +160,8 @@ def efficiency_table(
     table.remarks = [
         "*: the largest n within tolerance. Decoding time: sum over the evaluation sets, one run each, without every "
         "process's first batch, its warm-up (`timed_seconds` of metrics.json; older files have none: the audio of the "
-        "set divided by its `rtfx`); time and speed: how they change. Peak memory: on a GPU only. Times are wall-clock: other work on the same "
-        "cores, such as the demo's second process, is in them.",
+        "set divided by its `rtfx`); time and speed: how they change. Peak memory: on a GPU only. Times are "
+        "wall-clock: other work on the same cores, such as the demo's second process, is in them.",
         f"The paper, Llama-3.1-8B without {EFFICIENCY_DROP:g} % of its layers on one H100: '{WALL_CLOCK_SPEEDUP:g} % "
         f"wall-clock speedup', which reads as {ways}; {before} -> {after} GiB ({100 * (after / before - 1):+.1f} %).",
     ]
