@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from speechllm_prune.evaluation.statistics import (
+from speechllm_prune.evaluation.agreement import (
     PathAgreement,
     mean_absolute_difference,
     path_agreement,

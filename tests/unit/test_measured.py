@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import report
-from speechllm_prune.evaluation.statistics import ranks, spearman_without_row_means
+from speechllm_prune.evaluation.agreement import ranks, spearman_without_row_means
 from speechllm_prune.reporting import figures
 from speechllm_prune.reporting.build import build_report
 from speechllm_prune.reporting.collect import collect

@@ -8,6 +8,11 @@ import math
 import numpy as np
 import pytest
 
+from speechllm_prune.evaluation.agreement import (
+    mean_absolute_difference,
+    path_agreement,
+    spearman_without_row_means,
+)
 from speechllm_prune.evaluation.statistics import (
     Interval,
     bootstrap_interval,
@@ -15,12 +20,9 @@ from speechllm_prune.evaluation.statistics import (
     corpus_wer,
     is_within,
     largest_blocks,
-    mean_absolute_difference,
     mean_difference,
     paired_bootstrap,
-    path_agreement,
     relative_degradation,
-    spearman_without_row_means,
     verdict,
 )
 
