@@ -25,19 +25,20 @@ def own_keys(verb: str) -> str:
     -------
     >>> print(own_keys("prune"))
     keys of this verb, with the values of the base:
-      --block_size 0            number of layers to remove
-      --start_layer -1          first layer to remove; -1 = as the path says
-      --path own                ...
+      --block_size 0    number of layers to remove
+      --start_layer -1  first layer to remove; -1 = as the path says
+      --path own        ...
     """
-    lines = ["keys of this verb, with the values of the base:"]
+    options = []
     text = BASE.read_text(encoding="utf-8") if BASE.is_file() else ""
     for key in OWN_KEYS[verb].split() if text else ():
         found = re.search(rf"^{key}: (.*?)(?:\s+# (.*))?$", text, re.MULTILINE)
         assert found is not None, key
         value = {"!PLACEHOLDER": "FOLDER"}.get(found[1], found[1])
-        option = f"--{key} {value}"
-        lines.append(f"  {option:<25} {found[2] or ''}".rstrip())
-    return "\n".join(lines)
+        options.append((f"--{key} {value}", found[2] or ""))
+    width = max((len(option) for option, _ in options), default=0)
+    lines = [f"  {option:<{width}}  {comment}".rstrip() for option, comment in options]
+    return "\n".join(["keys of this verb, with the values of the base:", *lines])
 
 
 def all_keys(verb: str) -> str:

@@ -80,8 +80,8 @@ def manifest_path(manifest_folder: str | Path, key: str) -> Path:
     return Path(manifest_folder) / parts[0] / f"{parts[1]}.csv"
 
 
-def prepare_command(csv_path: str | Path) -> str:
-    """The command that writes a manifest, guessed from its folder's name (the corpus).
+def prepare_command(csv_path: str | Path, prepare: str = "") -> str:
+    """The command that writes a manifest, guessed from its folder's name (the corpus), or else from the key `prepare`.
 
     Example
     -------
@@ -89,11 +89,14 @@ def prepare_command(csv_path: str | Path) -> str:
     'python recipes/LibriSpeech/librispeech_prepare.py DATA_FOLDER results/manifests/librispeech'
     >>> prepare_command("m/covost2_en_de_standard/dev.csv").removeprefix("python recipes/CoVoST2/")
     'covost2_prepare.py DATA_FOLDER m/covost2_en_de_standard --source en --target de --protocol standard'
+    >>> prepare_command("m/demo/dev.csv", "recipes.LibriSpeech.librispeech_prepare.prepare_librispeech")
+    'python recipes/LibriSpeech/librispeech_prepare.py DATA_FOLDER m/demo'
     """
     folder = Path(csv_path).parent
     repo = Path(__file__).resolve().parents[2]
     scripts = sorted(repo.glob(f"recipes/*/{folder.name.split('_')[0]}_prepare.py"))
-    script = scripts[0].relative_to(repo) if scripts else Path("recipes/CORPUS/corpus_prepare.py")
+    module = prepare.rpartition(".")[0] or "recipes.CORPUS.corpus_prepare"
+    script = scripts[0].relative_to(repo) if scripts else Path(f"{module.replace('.', '/')}.py")
     names = folder.name.split("_")[1:]  # <corpus>_<source>_<target>_<protocol> for translation
     options = (
         zip(("--source", "--target", "--protocol"), names, strict=True) if len(names) == 3 else ()
@@ -239,13 +242,8 @@ def _check_share(
         raise UserError(
             f"split '{split}': {bad} of {good + bad} utterances are unusable ({told}), more than max_bad_share = "
             f"{max_bad_share:g}. They are listed in {skipped_path}; repair the corpus, or accept them with "
-            f"--max_bad_share {_round_up(bad / (good + bad)):g}"
+            f"--max_bad_share {math.ceil(100 * bad / (good + bad)) / 100:g}"
         )
-
-
-def _round_up(share: float) -> float:
-    """A share at least as large, with two decimals."""
-    return math.ceil(share * 100) / 100
 
 
 def _check_rows(rows: Iterable[Row], split: str) -> None:

@@ -37,7 +37,9 @@ def data_notes(values: Mapping[str, Any], preparing: bool) -> list[str]:
     missing: dict[str, list[str]] = {}
     for key in wanted:
         if key not in prepared and not (preparing and key.split("/")[0] == corpus):
-            command = prepare_command(manifest_path(values["manifest_folder"], key))
+            command = prepare_command(
+                manifest_path(values["manifest_folder"], key), values["prepare"]
+            )
             missing.setdefault(command, []).append(key)
     notes += [f"not prepared: {', '.join(keys)}; run: {run}" for run, keys in missing.items()]
     for side in ("encoder", "decoder"):

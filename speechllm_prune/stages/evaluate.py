@@ -76,7 +76,8 @@ def _evaluate_alone(
 def _is_evaluable(bench: Workbench, key: str, must_exist: bool) -> bool:
     if bench.is_prepared(key):
         return True
-    message = f"the evaluation manifest {key} is not prepared; prepare it with: {prepare_command(bench.manifest(key))}"
+    command = prepare_command(bench.manifest(key), bench.hparams["prepare"])
+    message = f"the evaluation manifest {key} is not prepared; prepare it with: {command}"
     if must_exist:
         raise UserError(message)
     if if_main_process():
