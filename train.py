@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int | None:
     from speechllm_prune.workbench import Workbench
 
     bench = Workbench(run)
-    train(bench)
+    train(bench, run.flags.export)
     evaluate(bench, "full", must_exist=False)
     export_if_asked(bench, Variant(), run.experiment.stage("train") / "export")
     return None

@@ -38,11 +38,19 @@ from speechllm_prune.tasks import TASKS
 from speechllm_prune.workbench import Workbench
 
 
-def train(bench: Workbench) -> None:
-    """Stage 1: train the projector (and the decoder's adapters, if there are any)."""
+def train(bench: Workbench, for_export: bool = False) -> None:
+    """Stage 1: train the projector (and the decoder's adapters, if there are any).
+
+    Arguments
+    ---------
+    bench : Workbench
+        Of an experiment whose corpus is prepared here, unless...
+    for_export : bool
+        ... training is done and only an export is wanted, which takes no corpus.
+    """
     config_hash = bench.run.config_hash()
-    if not (bench.run.flags.export and bench.experiment.is_done("train")):
-        bench.prepare()  # to export what is there takes no corpus
+    if not (for_export and bench.experiment.is_done("train")):
+        bench.prepare()
     with bench.working_on("train", config_hash) as todo:
         if not todo:
             return
