@@ -118,6 +118,13 @@ def test_what_cannot_be_transcribed(study: Study, tmp_path: Path) -> None:
     assert "device" in refused("transcribe", folder, fine, "--device", "potato")
 
 
+def test_a_finished_training_is_exported_without_its_corpus(study: Study, tmp_path: Path) -> None:
+    own = copy_study(study, tmp_path)
+    shutil.rmtree(own.root / "train/export", ignore_errors=True)
+    good("train", own.leaf, "--data_folder", tmp_path / "nowhere", "--export")
+    assert (own.root / "train/export/speechllm.json").is_file()
+
+
 def test_an_export_names_no_folder_outside_of_it(study: Study, tmp_path: Path) -> None:
     folder = tmp_path / "export"
     shutil.copytree(exported(study, "joint"), folder)
