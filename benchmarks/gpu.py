@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --part mem       # decoding: time and memory before and after the cut, the paper's 35 %
     python benchmarks/gpu.py --part train     # training steps
     python benchmarks/gpu.py --part probe     # measuring, sweeping, healing, and rows that depend on the batch
-    python benchmarks/gpu.py --part mem --tiny --out /tmp/gpu     # on a CPU: tiny models, to see that it runs
+    python benchmarks/gpu.py --part mem --tiny --out results/gpu  # on a CPU: tiny models, to see that it runs
 
 The models are those of the leaves (nothing is downloaded) and the code is the product's. Every row is printed when it
 is there, the tables come last; `--out` keeps them as JSON. After seven minutes no row is begun: what is left out is
